@@ -1,0 +1,28 @@
+"""The `emkum` command."""
+
+import argparse
+from collections.abc import Sequence
+
+from emkum import __version__, prepare
+from emkum.commands import evaluate, report, teacher, train
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emkum", description="Small image-text models out of pretrained unimodal encoders."
+    )
+    parser.add_argument("--version", action="version", version=f"emkum {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for part in (prepare, train, evaluate, report, teacher):
+        part.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; mistakes of the user end it with one line and exit status 1."""
+    args = build_parser().parse_args(arguments)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

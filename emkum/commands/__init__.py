@@ -1,0 +1,1 @@
+"""What the `emkum` command runs, one file a command."""

@@ -1,0 +1,77 @@
+"""`emkum evaluate`: figures of a trained student on prepared data."""
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from emkum.provenance import write_json
+
+if TYPE_CHECKING:
+    from emkum.checkpoint import ImageTextModel
+    from emkum.data.shards import ShardedSamples
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="evaluate a trained student")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    retrieval = kinds.add_parser(
+        "retrieval",
+        help="image-text retrieval, both directions",
+        description="Recall at 1, 5 and 10 in percent, images to captions and captions to images, over a whole split. "
+        "All captions of an image count; ties count against the model.",
+        epilog="example: emkum evaluate retrieval --checkpoint runs/flickr8k --data data/flickr8k --split valid",
+    )
+    retrieval.add_argument("--checkpoint", required=True, help="checkpoint file, or a run's folder for its best one")
+    retrieval.add_argument("--data", required=True, help="folder made by `emkum prepare`")
+    retrieval.add_argument("--split", default="test", help="split to score (default: %(default)s)")
+    retrieval.add_argument("--json", help="also write the figures to this file")
+    retrieval.add_argument("--batch-size", type=int, default=128, help="images encoded at once (default: %(default)s)")
+    retrieval.set_defaults(run=run_retrieval)
+
+
+@dataclass
+class EncodedSplit:
+    """A whole split in a student's space.
+
+    Attributes:
+        images: (N, D) unit vectors. texts: (T, D) unit vectors.
+        caption_image: (T,) row of each caption's image.
+    """
+
+    images: Tensor
+    texts: Tensor
+    caption_image: Tensor
+
+
+def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size: int = 128) -> EncodedSplit:
+    """Encode every image and every caption of a split, with a progress bar."""
+    from tqdm import tqdm
+
+    from emkum.data.transforms import decode
+
+    images, texts, owners = [], [], []
+    for start in tqdm(range(0, len(samples), batch_size), desc="encoding", unit="batch"):
+        batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+        images.append(model.encode_image([decode(sample.image) for sample in batch]))
+        texts.append(model.encode_text([caption for sample in batch for caption in sample.captions]))
+        owners += [start + row for row, sample in enumerate(batch) for _ in sample.captions]
+    return EncodedSplit(torch.cat(images), torch.cat(texts), torch.tensor(owners))
+
+
+def run_retrieval(args: argparse.Namespace) -> None:
+    from emkum.checkpoint import load
+    from emkum.data.shards import open_split
+    from emkum.evaluation.report import retrieval_table
+    from emkum.evaluation.retrieval import chance_recall, recall_metrics
+
+    samples = open_split(args.data, args.split)
+    model = load(args.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    encoded = encode_split(model, samples, args.batch_size)
+    metrics = recall_metrics(encoded.images, encoded.texts, encoded.caption_image)
+    chance = chance_recall(len(samples), encoded.caption_image)
+    print(retrieval_table({"chance": chance, str(args.checkpoint): metrics}))
+    if args.json:
+        write_json(args.json, metrics)

@@ -1,0 +1,90 @@
+"""From encoded image to uint8 crop. Normalization is left to the models: student and teacher differ in theirs."""
+
+import io
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass
+class CropConfig:
+    min_scale: float = field(
+        default=0.9, metadata={"help": "smallest part of an image's area that a random training crop keeps; 1 = center"}
+    )
+    flip: bool = field(default=False, metadata={"help": "mirror half of the training crops"})
+    views: int = field(
+        default=0,
+        metadata={"help": "training crops repeat after this many epochs, for cached teacher targets; 0 = never"},
+    )
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image file to RGB."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def center_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest centered square (left, top, right, bottom), in pixels."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def random_box(
+    width: int, height: int, min_scale: float, rng: np.random.Generator, max_aspect: float = 4 / 3
+) -> tuple[float, float, float, float]:
+    """A random crop (left, top, right, bottom) in pixels: area in [min_scale, 1] of the image, aspect ratio log-uniform
+    (Inception crop, Szegedy et al. 2015)."""
+    for _ in range(10):
+        area = width * height * rng.uniform(min_scale, 1.0)
+        aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return float(left), float(top), float(left + w), float(top + h)
+    return center_box(width, height)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Crop, flip and resize to a square.
+
+    Attributes:
+        size: side of the result in pixels.
+        min_scale: smallest part of the image's area that a random crop keeps; 1 and no flip means the centered square.
+        flip: mirror half of the images.
+    """
+
+    size: int
+    min_scale: float = 1.0
+    flip: bool = False
+
+    @property
+    def random(self) -> bool:
+        return self.min_scale < 1.0 or self.flip
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> Tensor:
+        """(3, size, size) uint8 of an encoded image; `rng` is needed where the transform is random."""
+        return self.views(data, (self.size,), rng)[0]
+
+    def views(self, data: bytes, sizes: tuple[int, ...], rng: np.random.Generator | None = None) -> list[Tensor]:
+        """The same crop and flip at several sizes, (3, s, s) uint8 each."""
+        image = decode(data)
+        if self.min_scale < 1.0:
+            box = random_box(*image.size, self.min_scale, rng)
+        else:
+            box = center_box(*image.size)
+        mirrored = self.flip and rng.random() < 0.5
+        views = [image.resize((size, size), Image.Resampling.BICUBIC, box=box) for size in sizes]
+        if mirrored:
+            views = [view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for view in views]
+        return [to_tensor(view) for view in views]

@@ -1,0 +1,88 @@
+"""Tables of results, for the terminal and for Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CHANCE = "chance"
+
+RETRIEVAL_COLUMNS = {
+    "name": "",
+    "i2t_r1": "i2t R@1",
+    "i2t_r5": "R@5",
+    "i2t_r10": "R@10",
+    "t2i_r1": "t2i R@1",
+    "t2i_r5": "R@5",
+    "t2i_r10": "R@10",
+    "mean_recall": "mean",
+}
+
+
+def format_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str] | Sequence[str],
+    decimals: int = 1,
+    markdown: bool = False,
+) -> str:
+    """A table with one line a row.
+
+    Args:
+        rows: values by key; a missing key or None is shown as "-".
+        columns: the keys to show, in order; a mapping gives each its heading.
+        decimals: digits behind the point of floats. Integers and texts are shown as they are.
+        markdown: a Markdown table; otherwise plain text in aligned columns.
+
+    Returns:
+        The table, without a newline at its end. Columns that hold numbers alone are aligned to the right.
+    """
+    headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
+    if not headings:
+        raise ValueError("a table needs at least one column")
+    cells = [[_cell(row.get(key), decimals, markdown) for key in headings] for row in rows]
+    head = [_cell(heading, decimals, markdown) for heading in headings.values()]
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+    right = [_is_numeric([row.get(key) for row in rows]) for key in headings]
+    return "\n".join(_markdown(head, cells, widths, right) if markdown else _plain(head, cells, widths, right))
+
+
+def retrieval_table(results: Mapping[str, Mapping[str, Any]], markdown: bool = False) -> str:
+    """Retrieval results by name, as `recall_metrics` returns them, in percent.
+
+    Args:
+        results: metrics by the name of a model; the entry "chance", where there is one, comes first.
+        markdown: as for `format_table`.
+    """
+    names = sorted(results, key=lambda name: name != CHANCE)
+    return format_table([{"name": name, **results[name]} for name in names], RETRIEVAL_COLUMNS, markdown=markdown)
+
+
+def _cell(value: Any, decimals: int, markdown: bool) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.{decimals}f}"
+    text = " ".join(str(value).split())
+    return text.replace("|", "\\|") if markdown else text
+
+
+def _is_numeric(values: Sequence[Any]) -> bool:
+    present = [value for value in values if value is not None]
+    return bool(present) and all(isinstance(value, int | float) for value in present)
+
+
+def _pad(line: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    return [
+        cell.rjust(width) if to_right else cell.ljust(width)
+        for cell, width, to_right in zip(line, widths, right, strict=True)
+    ]
+
+
+def _plain(head: list[str], cells: list[list[str]], widths: list[int], right: list[bool]) -> list[str]:
+    lines = ["  ".join(_pad(line, widths, right)).rstrip() for line in [head, *cells]]
+    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
+
+
+def _markdown(head: list[str], cells: list[list[str]], widths: list[int], right: list[bool]) -> list[str]:
+    widths = [max(width, 3) for width in widths]
+    rule = ["-" * (width - 1) + (":" if to_right else "-") for width, to_right in zip(widths, right, strict=True)]
+    lines = [_pad(head, widths, right), rule, *(_pad(line, widths, right) for line in cells)]
+    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,0 +1,26 @@
+"""Token-type embeddings that tell the shared encoder which modality it reads."""
+
+import torch
+from torch import Tensor, nn
+
+IMAGE, TEXT = 0, 1
+
+
+class TokenTypes(nn.Module):
+    """Adds one learned vector a modality to all its tokens, scaled per channel by LayerScale (Touvron et al. 2021).
+
+    Args:
+        width: channels D.
+        layer_scale: initial scale, shared by both types; None = no scaling.
+    """
+
+    def __init__(self, width: int, layer_scale: float | None = 1e-5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2, width)
+        nn.init.trunc_normal_(self.embedding.weight, std=0.02)
+        self.scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+
+    def forward(self, tokens: Tensor, token_type: int) -> Tensor:
+        """(B, N, D) plus the vector of `token_type` (IMAGE or TEXT)."""
+        vector = self.embedding.weight[token_type]
+        return tokens + (vector if self.scale is None else vector * self.scale)

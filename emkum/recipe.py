@@ -1,0 +1,118 @@
+"""Recipes: short YAML deltas that become one fairseq command line."""
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emkum.errors import UserError
+
+# Options that fairseq's parser gets from the command line's other choices; they must be known first.
+_CHOICES = ("user_dir", "task", "arch", "criterion", "optimizer", "lr_scheduler")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe and what it builds on.
+
+    A recipe maps option names (fairseq's and this project's flags, `-` or `_`) to values. `base:` names another recipe,
+    relative to this one, whose values it changes; null removes one.
+
+    Raises:
+        UserError: a file is missing, is no YAML mapping, or bases form a circle.
+    """
+    return {key: value for key, value in _merged(Path(path), ()).items() if value is not None}
+
+
+def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise UserError(f"{path}: base recipes form a circle")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must map option names to values")
+    own = {str(key).replace("-", "_"): value for key, value in content.items()}
+    base = own.pop("base", None)
+    inherited = _merged(path.parent / base, (*above, path.resolve())) if base else {}
+    return inherited | own
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` words to options; values are read as YAML.
+
+    Raises:
+        UserError: a word has no `=`, or its value is no YAML.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {pair!r} must read key=value")
+        try:
+            options[key.lstrip("-").replace("-", "_")] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError as error:
+            raise UserError(f"override {pair!r} is no valid YAML: {' '.join(str(error).split())}") from None
+    return options
+
+
+def to_arguments(options: dict[str, Any]) -> list[str]:
+    """Options to the arguments of `fairseq-train`, each checked against fairseq's own parser; None leaves one out.
+
+    Raises:
+        UserError: an option is unknown; the message names the closest known ones.
+    """
+    actions = _training_actions(options)
+    arguments = []
+    for key, value in options.items():
+        action = actions.get(key)
+        if action is None:
+            near = difflib.get_close_matches(key, actions, n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"unknown recipe key {key!r}{hint}")
+        if value is not None:
+            arguments += _argument(key, value, action)
+    return arguments
+
+
+def _argument(key: str, value: Any, action: argparse.Action) -> list[str]:
+    if not action.option_strings:
+        return [str(value)]
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"recipe key {key!r} is a switch: give true or false, not {value!r}")
+        # `const` is what giving the flag means: True for most, False for those that switch something off.
+        return [flag] if value is action.const else []
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return [f"{flag}={value}"]
+
+
+def _training_actions(options: dict[str, Any]) -> dict[str, argparse.Action]:
+    """Every option that fairseq's training parser has, given the recipe's choices of task, model and so on."""
+    from fairseq import options as fairseq_options
+    from fairseq.utils import import_user_module
+
+    chosen = {key: options[key] for key in _CHOICES if options.get(key) is not None}
+    try:
+        # What it registers is among the choices only after the import.
+        import_user_module(argparse.Namespace(user_dir=chosen.get("user_dir")))
+    except FileNotFoundError:
+        raise UserError(f"recipe key 'user_dir' is {chosen['user_dir']!r}, which does not exist") from None
+    parser = fairseq_options.get_training_parser()
+    for action in parser._actions:
+        if action.dest in chosen and action.choices is not None and chosen[action.dest] not in action.choices:
+            names = sorted(action.choices)
+            near = difflib.get_close_matches(str(chosen[action.dest]), names, n=3, cutoff=0.6)
+            raise UserError(
+                f"recipe key {action.dest!r} is {chosen[action.dest]!r}; "
+                + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}")
+            )
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in chosen.items()]
+    fairseq_options.parse_args_and_arch(parser, input_args=[*words, "."], parse_known=True)
+    return {action.dest: action for action in parser._actions if action.dest != "help"}

@@ -1,0 +1,45 @@
+"""Package `emkum`: efficient multimodal knowledge-transfer models on fairseq.
+
+Python 3.12 is the first choice: fairseq-fixed has a ready-made wheel for it and compiles from source on 3.11.
+The folder `user_dir/` is not a package of this distribution: fairseq takes it by path (`--user-dir`).
+"""
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    # The newest three of torch that agree with one another; a later torch breaks `import torchaudio`.
+    "torch==2.11.0",
+    "torchvision==0.26.0",
+    "torchaudio==2.11.0",
+    # The maintained fork: upstream fairseq 0.12.2 neither imports on Python >= 3.11 nor holds Data2Vec 2.
+    "fairseq-fixed==0.12.3.1",
+    "timm==1.0.31",
+    "sentencepiece==0.2.3",
+    # Without it `--tensorboard-logdir` logs nothing and says nothing.
+    "tensorboardX",
+    "numpy",
+    "pillow",
+    "pyyaml",
+    "matplotlib",
+    "safetensors",
+    "tqdm",
+]
+
+# No extra for apex: the PyPI package of that name is an unrelated project. NVIDIA's apex is an optional accelerator
+# that fairseq detects by itself where it is installed.
+EXTRAS = {
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6"],
+    "fsdp": ["fairscale"],
+    "hub": ["huggingface_hub"],
+}
+
+setup(
+    name="emkum",
+    version="0.1.0",
+    description="Multimodal students trained with knowledge transfer from frozen unimodal teachers, on fairseq",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["emkum", "emkum.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["emkum = emkum.cli:main"]},
+)

@@ -1,0 +1,65 @@
+"""The one criterion: weighs the model's objectives, sums and logs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+
+from emkum.objectives import OBJECTIVE_PARTS
+from emkum.objectives.base import WeightConfig
+
+from ..config import flat_dataclass
+
+
+@dataclass
+class _Base(FairseqDataclass):
+    pass
+
+
+MultiObjectiveConfig = flat_dataclass("MultiObjectiveConfig", dict.fromkeys(OBJECTIVE_PARTS, WeightConfig), base=_Base)
+
+
+@register_criterion("multi_objective", dataclass=MultiObjectiveConfig)
+class MultiObjectiveCriterion(FairseqCriterion):
+    """Weighted sum, in float32, of the objectives that the model computes.
+
+    Losses are batch means, so the sample size is 1 and gradients are averaged over devices and `--update-freq`.
+    """
+
+    def __init__(self, cfg: Any, task: Any) -> None:
+        super().__init__(task)
+        self.weights = {name: getattr(cfg, f"{name}_weight") for name in OBJECTIVE_PARTS}
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> "MultiObjectiveCriterion":
+        return cls(cfg, task)
+
+    def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple:
+        outputs, student = model(**sample["net_input"], targets=self.task.teacher_targets(sample))
+        loss = sum(self.weights[name] * output.loss.float() for name, output in outputs.items())
+        log = {"loss": loss.detach(), "ntokens": sample["ntokens"], "nsentences": sample["nsentences"]}
+        log["sample_size"] = log["batches"] = 1
+        for name, output in outputs.items():
+            log[f"{name}_loss"] = output.loss.detach().float()
+            log.update({f"{name}_{metric}": value.detach().float() for metric, value in output.metrics.items()})
+        if not model.training:
+            self.task.collect_features(sample, student)
+        return loss, 1, log
+
+    # Of a fairseq batch, but not a figure to average.
+    _COUNTS = ("ntokens", "nsentences", "sample_size", "batches")
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Average every figure over batches and devices."""
+        batches = sum(log["batches"] for log in logging_outputs)
+        names = dict.fromkeys(key for log in logging_outputs for key in log if key not in cls._COUNTS)
+        for name in names:
+            total = sum(log.get(name, 0.0) for log in logging_outputs)
+            metrics.log_scalar(name, total / batches, batches, round=3)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
