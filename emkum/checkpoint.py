@@ -128,4 +128,4 @@ def _tokenizer_path(checkpoint: Path, task_options: dict[str, Any]) -> Path:
     beside = checkpoint.parent / "tokenizer"
     if beside.is_dir():
         return beside
-    return Path(task_options["tokenizer"] or Path(task_options["data"]) / "tokenizer.model")
+    return Path(task_options["caption_tokenizer"] or Path(task_options["data"]) / "tokenizer.model")

@@ -60,15 +60,15 @@ def all_gather(local: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def all_gather_rows(local: Tensor) -> Tensor:
-    """Gather rows of every rank without gradient where ranks may hold different numbers of rows (validation)."""
+def all_gather_rows(local: Tensor) -> list[Tensor]:
+    """Every rank's rows, one tensor a rank, where ranks may hold different numbers of rows (validation)."""
     if not is_distributed():
-        return local
+        return [local]
     counts = all_gather(torch.tensor([local.shape[0]], device=local.device)).tolist()
     padded = local.new_zeros(max(counts), *local.shape[1:])
     padded[: local.shape[0]] = local
     blocks = all_gather(padded).split(max(counts))
-    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+    return [block[:count] for block, count in zip(blocks, counts, strict=True)]
 
 
 def row_offset(rows: int) -> int:

@@ -23,9 +23,7 @@ def add_parser(commands: Any) -> None:
         "write report.json, the last run's retrieved examples and all runs' curves as PNG and SVG.",
         epilog='example: emkum report "ITC alone=runs/itc" "ITC + KD=runs/kd" --data data/scenes --out runs/report',
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="NAME=RUN", help="a run's name and folder; or its folder"
-    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="a run's name and folder; or its folder")
     parser.add_argument("--data", required=True, help="folder made by `emkum prepare`")
     parser.add_argument("--split", default="test", help="split to score (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="folder for the report")

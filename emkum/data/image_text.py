@@ -18,6 +18,10 @@ _CROP_STREAM, _CAPTION_STREAM = 0, 1
 
 @dataclass
 class CaptionConfig:
+    tokenizer: str = field(
+        default="",
+        metadata={"help": "SentencePiece file, or folder with tokenizer.model or GPT-2's files; empty = DATA's own"},
+    )
     per_image: int = field(
         default=1, metadata={"help": "captions drawn for each visit of a training image, all positives of it; 0 = all"}
     )

@@ -1,14 +1,10 @@
 """Tables, pictures and the training log they are drawn from."""
 
-import json
-
 import pytest
 from PIL import Image
 
-from emkum.errors import UserError
 from emkum.evaluation.figures import loss_curves, retrieval_examples
 from emkum.evaluation.report import format_table, retrieval_table
-from emkum.training_log import read_training_log
 
 METRICS = {"i2t_r1": 11.64, "i2t_r5": 30.1, "i2t_r10": 40.6, "t2i_r1": 8.6, "t2i_r5": 25.1, "t2i_r10": 36.25}
 
@@ -92,41 +88,3 @@ def test_loss_curves(tmp_path):
         loss_curves(tmp_path / "curves.png", {"one": run}, ["lose"])
     with pytest.raises(ValueError, match="at least one key and one run"):
         loss_curves(tmp_path / "curves.png", {}, ["loss"])
-
-
-def log_line(tag, **stats):
-    return f"2026-11-24 02:00:00 | INFO | {tag} | {json.dumps(stats)}\n"
-
-
-def test_read_training_log(tmp_path):
-    log = tmp_path / "train.log"
-    log.write_text(
-        "2026-11-24 02:00:00 | INFO | fairseq_cli.train | {'not': 'json'}\n"
-        + log_line("train_inner", epoch=1, loss="3.5", num_updates="100", ppl=None, best="n/a")
-        + log_line("train_inner", epoch=1, loss="3.25", num_updates="200")
-        + log_line("train", epoch=1, train_loss="3.4", train_num_updates="200")
-        + log_line("valid", epoch=1, valid_loss="3.3", valid_mean_recall="12.5", valid_num_updates="200")
-        + "some library prints {this}\n"
-        + log_line("train_inner", epoch=2, loss="3.0", num_updates="300")[:-10]
-    )
-    assert read_training_log(log) == {
-        "train_inner": [{"step": 100, "epoch": 1, "loss": 3.5}, {"step": 200, "epoch": 1, "loss": 3.25}],
-        "train": [{"step": 200, "epoch": 1, "loss": 3.4}],
-        "valid": [{"step": 200, "epoch": 1, "loss": 3.3, "mean_recall": 12.5}],
-    }
-
-
-def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
-    log = tmp_path / "train.log"
-    steps = [("100", "5"), ("200", "4"), ("300", "3"), ("200", "4.5"), ("300", "3.5")]
-    log.write_text("".join(log_line("train_inner", loss=loss, num_updates=step) for step, loss in steps))
-    history = read_training_log(log)["train_inner"]
-    assert [(record["step"], record["loss"]) for record in history] == [(100, 5), (200, 4.5), (300, 3.5)]
-
-
-def test_log_errors(tmp_path):
-    with pytest.raises(UserError, match="cannot read training log"):
-        read_training_log(tmp_path / "absent.log")
-    (tmp_path / "simple.log").write_text("epoch 001: loss=3\n")
-    with pytest.raises(UserError, match="--log-format json"):
-        read_training_log(tmp_path / "simple.log")

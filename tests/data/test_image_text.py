@@ -1,0 +1,438 @@
+"""Image-caption pairs: crops, captions, batches and tokenizers."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from emkum.data.image_text import ImageTextDataset, ImageTextItem, collate
+from emkum.data.shards import ShardedSamples, ShardWriter
+from emkum.data.tokenizers import Gpt2Tokenizer, copy_tokenizer, encode, load_tokenizer
+from emkum.data.transforms import ImageTransform, center_box, random_box
+from emkum.errors import UserError
+from emkum.prepare.tokenizer import train_sentencepiece
+
+WIDTH, HEIGHT, SAMPLES, CAPTIONS = 96, 64, 4, 5
+RANDOM = ImageTransform(16, min_scale=0.3, flip=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Words:
+    """A tokenizer whose words are their own ids."""
+
+    vocab_size = 100
+    files: Sequence[Path] = ()
+
+    def pieces(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+def gradient(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """Red grows by 2 a column, green by 3 a row: a pixel tells where it came from."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = 2 * np.arange(width)
+    pixels[..., 1] = 3 * np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> ShardedSamples:
+    """Equal images; captions "10 10", "11 11", ... of image 0, "20 20", ... of image 1."""
+    directory = tmp_path_factory.mktemp("data") / "train"
+    with ShardWriter(directory, samples_per_shard=3) as writer:
+        for number in range(SAMPLES):
+            captions = [f"{10 * (number + 1) + i} " * 2 for i in range(CAPTIONS)]
+            writer.add(f"key{number}", encoded(gradient()), "png", captions, image_id=100 + number // 2)
+    return ShardedSamples(directory)
+
+
+def dataset(samples: ShardedSamples, transform: ImageTransform = RANDOM, **arguments: Any) -> ImageTextDataset:
+    return ImageTextDataset(samples, Words(), transform, **arguments)
+
+
+def drawn(data: ImageTextDataset, index: int) -> list[int]:
+    """The first word of each caption drawn."""
+    return [caption[1] for caption in data[index].captions]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Crops
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_item_carries_its_names(samples: ShardedSamples) -> None:
+    item = dataset(samples, split="valid")[3]
+    assert (item.id, item.split, item.image_id, item.view, item.teacher_image) == (3, "valid", 101, -1, None)
+    assert item.image.shape == (3, 16, 16) and item.image.dtype == torch.uint8
+
+
+def test_crops_and_captions_depend_on_seed_epoch_and_index_alone(samples: ShardedSamples) -> None:
+    data = dataset(samples, captions_per_image=2, seed=3)
+    data.set_epoch(2)
+    expected = [data[index] for index in range(SAMPLES)]
+    again = dataset(samples, captions_per_image=2, seed=3)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    again.set_epoch(1)
+    _ = [again[index] for index in range(SAMPLES)]
+    again.set_epoch(2)
+    for index in (2, 0, np.int64(3), 1, 2):
+        assert torch.equal(again[index].image, expected[index].image)
+        assert again[index].captions == expected[index].captions
+    loader = torch.utils.data.DataLoader(
+        again, batch_size=1, num_workers=2, collate_fn=list, multiprocessing_context="fork"
+    )
+    for (item,), wanted in zip(loader, expected, strict=True):
+        assert torch.equal(item.image, wanted.image) and item.captions == wanted.captions
+
+
+def test_crops_change_with_seed_epoch_and_index(samples: ShardedSamples) -> None:
+    crops = []
+    for seed in (1, 2):
+        data = dataset(samples, seed=seed)
+        for epoch in (1, 2, 3):
+            data.set_epoch(epoch)
+            crops += [data[index].image.numpy().tobytes() for index in range(SAMPLES)]
+    assert len(set(crops)) == len(crops) == 24
+
+
+def test_crops_repeat_after_num_views_epochs(samples: ShardedSamples) -> None:
+    data = dataset(samples, num_views=3)
+    crops, views = [], []
+    for epoch in range(1, 8):
+        data.set_epoch(epoch)
+        crops.append(data[1].image.numpy().tobytes())
+        views.append(data[1].view)
+    assert views == [0, 1, 2, 0, 1, 2, 0]
+    assert crops == [crops[view] for view in views]
+    assert len(set(crops)) == 3
+
+
+def test_captions_go_on_changing_where_crops_repeat(samples: ShardedSamples) -> None:
+    data = dataset(samples, captions_per_image=1, num_views=1)
+    seen = set()
+    for epoch in range(1, 30):
+        data.set_epoch(epoch)
+        seen |= set(drawn(data, 0))
+    assert seen == {10, 11, 12, 13, 14}
+
+
+def test_student_and_teacher_see_the_same_region(samples: ShardedSamples) -> None:
+    data = dataset(samples, ImageTransform(32, min_scale=0.3, flip=True), teacher_size=64)
+    pairs = []
+    for epoch in range(1, 9):
+        data.set_epoch(epoch)
+        item = data[0]
+        assert item.image.shape == (3, 32, 32) and item.teacher_image.shape == (3, 64, 64)
+        pairs.append((item.image.float(), F.avg_pool2d(item.teacher_image.float(), 2)))
+    errors = torch.tensor([[(one - other).abs().mean() for _, other in pairs] for one, _ in pairs])
+    assert errors.diagonal().max() < 1.0
+    assert errors[~torch.eye(len(pairs), dtype=torch.bool)].min() > 2.0
+    slopes = {bool((student[0, 16, -1] > student[0, 16, 0]).item()) for student, _ in pairs}
+    assert slopes == {True, False}, "both mirrored and plain crops should be among them"
+
+
+def test_the_student_sees_the_same_crop_with_and_without_a_teacher(samples: ShardedSamples) -> None:
+    alone = dataset(samples)
+    for teacher_size in (0, 16, 24):
+        item = dataset(samples, teacher_size=teacher_size)[2]
+        assert torch.equal(item.image, alone[2].image)
+        assert (item.teacher_image is None) == (teacher_size != 24)
+
+
+def test_crops_are_described_by_what_they_depend_on(samples: ShardedSamples) -> None:
+    described = dataset(samples, num_views=4, seed=6).describe_crops()
+    assert described == {"views": 4, "min_scale": 0.3, "flip": True, "seed": 6}
+    assert dataset(samples, ImageTransform(16), num_views=4, seed=6).describe_crops() == {"views": 0}
+
+
+def test_evaluation_sees_the_centered_square(samples: ShardedSamples) -> None:
+    data = dataset(samples, ImageTransform(HEIGHT), num_views=3)
+    whole = torch.from_numpy(np.array(gradient())).permute(2, 0, 1)
+    for epoch in (1, 2):
+        data.set_epoch(epoch)
+        assert torch.equal(data[0].image, whole[:, :, 16:80])
+        assert data[0].view == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((96, 64), (16, 0, 80, 64)), ((64, 96), (0, 16, 64, 80)), ((50, 50), (0, 0, 50, 50)), ((7, 4), (1.5, 0, 5.5, 4))],
+)
+def test_center_box(size: tuple[int, int], box: tuple[float, ...]) -> None:
+    assert center_box(*size) == box
+
+
+def test_random_boxes_keep_their_limits() -> None:
+    rng = np.random.default_rng(0)
+    areas, aspects = [], []
+    for _ in range(500):
+        left, top, right, bottom = random_box(120, 80, 0.25, rng)
+        assert 0 <= left < right <= 120 and 0 <= top < bottom <= 80
+        areas.append((right - left) * (bottom - top) / (120 * 80))
+        aspects.append((right - left) / (bottom - top))
+    assert 0.24 < min(areas) < 0.3 and max(areas) > 0.85
+    assert 0.74 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.35
+
+
+def test_a_box_that_cannot_be_drawn_is_the_centered_one() -> None:
+    assert random_box(1000, 10, 0.9, np.random.default_rng(0)) == center_box(1000, 10)
+
+
+def test_flip_mirrors_half_of_the_crops() -> None:
+    data = encoded(gradient())
+    plain = ImageTransform(16)(data)
+    transform = ImageTransform(16, flip=True)
+    crops = [transform(data, np.random.default_rng(seed)) for seed in range(100)]
+    mirrored = [torch.equal(crop, plain.flip(-1)) for crop in crops]
+    assert all(flipped or torch.equal(crop, plain) for crop, flipped in zip(crops, mirrored, strict=True))
+    assert 35 < sum(mirrored) < 65
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")])
+def test_every_image_mode_becomes_rgb(mode: str, kind: str) -> None:
+    crop = ImageTransform(8)(encoded(Image.new(mode, (20, 10), 0 if mode == "P" else None), kind))
+    assert crop.shape == (3, 8, 8) and crop.dtype == torch.uint8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_drawn_without_replacement(samples: ShardedSamples) -> None:
+    data = dataset(samples, captions_per_image=3)
+    draws = set()
+    for epoch in range(1, 21):
+        data.set_epoch(epoch)
+        words = drawn(data, 1)
+        assert len(words) == len(set(words)) == 3 and set(words) <= {20, 21, 22, 23, 24}
+        draws.add(tuple(words))
+    assert len(draws) > 10
+
+
+@pytest.mark.parametrize("wanted", [5, 7, 10, 12])
+def test_more_captions_than_there_are_begin_again(samples: ShardedSamples, wanted: int) -> None:
+    words = drawn(dataset(samples, captions_per_image=wanted), 0)
+    assert len(words) == wanted
+    for start in range(0, wanted, CAPTIONS):
+        part = words[start : start + CAPTIONS]
+        assert len(set(part)) == len(part)
+
+
+def test_zero_gives_all_captions_in_their_order(samples: ShardedSamples) -> None:
+    data = dataset(samples, captions_per_image=0)
+    assert drawn(data, 0) == [10, 11, 12, 13, 14]
+    assert data[2].captions == [[0, word, word, 2] for word in range(30, 35)]
+
+
+def test_images_draw_apart(samples: ShardedSamples) -> None:
+    data = dataset(samples, captions_per_image=5)
+    orders = {tuple(word % 10 for word in drawn(data, index)) for index in range(SAMPLES)}
+    assert len(orders) > 1
+
+
+def test_truncation_keeps_the_end_token(samples: ShardedSamples) -> None:
+    text = "4 5 6 7 8"
+    assert encode(Words(), text, 7) == [0, 4, 5, 6, 7, 8, 2]
+    assert encode(Words(), text, 6) == [0, 4, 5, 6, 7, 2]
+    assert encode(Words(), text, 3) == [0, 4, 2]
+    assert encode(Words(), text, 2) == [0, 2]
+    assert encode(Words(), "", 7) == [0, 2]
+    assert dataset(samples, max_tokens=3, captions_per_image=0)[0].captions == [[0, word, 2] for word in range(10, 15)]
+    for too_few in (1, 0, -1):
+        with pytest.raises(UserError, match="at least 2"):
+            encode(Words(), text, too_few)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def item(number: int, captions: list[list[int]], teacher_size: int = 0) -> ImageTextItem:
+    image = torch.full((3, 2, 2), number, dtype=torch.uint8)
+    teacher = torch.full((3, teacher_size, teacher_size), number, dtype=torch.uint8) if teacher_size else None
+    return ImageTextItem(number, "train", 70 + number, number % 2, image, captions, teacher)
+
+
+def test_collate_by_hand() -> None:
+    items = [
+        item(5, [[0, 11, 12, 13, 2], [0, 14, 2]]),
+        item(3, [[0, 21, 22, 2]]),
+        item(8, [[0, 31, 2], [0, 2], [0, 32, 33, 2]]),
+    ]
+    batch = collate(items, num_groups=2)
+    net_input = batch["net_input"]
+    assert net_input["text"].tolist() == [
+        [0, 2, 1, 1, 1],
+        [0, 14, 2, 1, 1],
+        [0, 31, 2, 1, 1],
+        [0, 21, 22, 2, 1],
+        [0, 32, 33, 2, 1],
+        [0, 11, 12, 13, 2],
+    ]
+    assert net_input["padding_mask"].tolist() == [
+        [column >= length for column in range(5)] for length in (2, 3, 3, 4, 4, 5)
+    ]
+    assert net_input["groups"] == [(3, 3), (3, 5)]
+    assert net_input["caption_image"].tolist() == [2, 0, 2, 1, 2, 0]
+    assert net_input["image_ids"].tolist() == [75, 73, 78]
+    assert torch.equal(net_input["image"], torch.stack([item.image for item in items]))
+    assert batch["id"].tolist() == [5, 3, 8] and batch["view"].tolist() == [1, 1, 0]
+    assert (batch["split"], batch["nsentences"], batch["ntokens"]) == ("train", 3, 21)
+    assert batch["teacher_image"] is None
+    assert net_input["text"].dtype == batch["id"].dtype == torch.int64
+
+
+def test_collate_stacks_teacher_images() -> None:
+    batch = collate([item(1, [[0, 2]], 4), item(2, [[0, 2]], 4)])
+    assert batch["teacher_image"].shape == (2, 3, 4, 4)
+    assert batch["teacher_image"][:, 0, 0, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (5, 1), (5, 2), (5, 3), (5, 5), (2, 4), (9, 4)])
+def test_groups_cover_all_captions(count: int, groups: int) -> None:
+    lengths = np.random.default_rng(count).integers(1, 9, count)
+    batch = collate([item(i, [[0, *range(10, 10 + n), 2]]) for i, n in enumerate(lengths)], groups)
+    text, found = batch["net_input"]["text"], batch["net_input"]["groups"]
+    assert len(found) == min(groups, count)
+    assert sum(rows for rows, _ in found) == count
+    assert max(rows for rows, _ in found) - min(rows for rows, _ in found) <= 1
+    start = 0
+    for rows, length in found:
+        longest = int(text[start : start + rows].ne(1).sum(1).max())
+        assert length == longest
+        start += rows
+
+
+def test_no_items_are_an_empty_batch() -> None:
+    assert collate([]) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ----------------------------------------------------------------------------------------------------------------------
+
+SENTENCES = [f"a {size} {color} dog runs over the grass" for size in ("big", "small") for color in ("red", "tan")] * 5
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece(iter(SENTENCES), path, 60)
+    return path
+
+
+def test_sentencepiece_round_trip(model_file: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model_file)
+    pieces = tokenizer.pieces("a small red dog runs")
+    assert tokenizer.processor.decode(pieces) == "a small red dog runs"
+    assert min(pieces) > 3 and max(pieces) < tokenizer.vocab_size
+    assert encode(tokenizer, "a small red dog runs", 64) == [0, *pieces, 2]
+    assert load_tokenizer(model_file.parent).pieces("a tan dog") == tokenizer.pieces("a tan dog")
+    renamed = tmp_path / "mine.spm"
+    renamed.write_bytes(model_file.read_bytes())
+    copy_tokenizer(load_tokenizer(renamed), tmp_path / "run" / "tokenizer")
+    assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.model"]
+    copied = load_tokenizer(tmp_path / "run" / "tokenizer")
+    assert copied.pieces("a tan dog") == tokenizer.pieces("a tan dog")
+    copy_tokenizer(copied, tmp_path / "run" / "tokenizer")
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes() == model_file.read_bytes()
+
+
+def test_the_text_of_special_tokens_is_no_special_token(model_file: Path) -> None:
+    assert not {0, 1, 2} & set(load_tokenizer(model_file).pieces("<pad> a dog </s> <s>"))
+
+
+def test_other_special_ids_are_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match=r"ids of <s>, <pad>, </s>, <unk> are \(1, -1, 2, 0\), want \(0, 1, 2, 3\)"):
+        load_tokenizer(tmp_path / "other.model")
+
+
+def test_no_tokenizer_there(tmp_path: Path) -> None:
+    (tmp_path / "encoder.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(
+            UserError, match="no tokenizer at .*tokenizer.model or with encoder.json, vocab.bpe, dict.txt"
+        ):
+            load_tokenizer(path)
+    for content in (b"no model", b""):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(UserError, match="bad.model is not a SentencePiece model") as caught:
+            load_tokenizer(tmp_path / "bad.model")
+        assert "\n" not in str(caught.value)
+
+
+TEXTS = (
+    "Hello world!",
+    "Two young guys with shaggy hair look at their hands while hanging out in the yard.",
+    "  spaces, CAPITALS and números — naïve 日本 🙂 ",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared_data: Path) -> Gpt2Tokenizer:
+    return load_tokenizer(shared_data / "tokenizers")
+
+
+def test_gpt2_gives_the_ids_of_roberta(gpt2: Gpt2Tokenizer, shared_data: Path) -> None:
+    assert encode(gpt2, "Hello world!", 64) == [0, 31414, 232, 328, 2]
+    pieces = (shared_data / "tokenizers" / "dict.txt").read_text().splitlines()
+    assert gpt2.vocab_size == 4 + len(pieces) + 1, "<s>, <pad>, </s> and <unk> before the pieces, <mask> after them"
+    assert gpt2.dictionary.index("<mask>") == gpt2.vocab_size - 1
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gpt2_against_fairseq(gpt2: Gpt2Tokenizer, shared_data: Path, text: str) -> None:
+    from fairseq.data import Dictionary
+    from fairseq.data.encoders.gpt2_bpe import GPT2BPE, GPT2BPEConfig
+
+    folder = shared_data / "tokenizers"
+    bpe = GPT2BPE(
+        GPT2BPEConfig(gpt2_encoder_json=str(folder / "encoder.json"), gpt2_vocab_bpe=str(folder / "vocab.bpe"))
+    )
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    line = dictionary.encode_line(bpe.encode(text), append_eos=True, add_if_not_exist=False)
+    assert encode(gpt2, text, 512) == [dictionary.bos(), *line.tolist()]
+    assert bpe.decode(dictionary.string(line)) == text
+
+
+def test_gpt2_files_are_copied(gpt2: Gpt2Tokenizer, tmp_path: Path) -> None:
+    copy_tokenizer(gpt2, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dict.txt", "encoder.json", "vocab.bpe"]
+    assert load_tokenizer(tmp_path).pieces(TEXTS[1]) == gpt2.pieces(TEXTS[1])
+
+
+def test_padding_is_masked_for_every_tokenizer(model_file: Path, samples: ShardedSamples) -> None:
+    tokenizer = load_tokenizer(model_file)
+    texts = ("a dog", "a small red dog runs over the grass")
+    batch = collate([item(i, [encode(tokenizer, text, 64)]) for i, text in enumerate(texts)])
+    lengths: Tensor = batch["net_input"]["padding_mask"].logical_not().sum(1)
+    assert lengths.tolist() == [len(encode(tokenizer, text, 64)) for text in texts]

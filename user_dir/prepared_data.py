@@ -1,0 +1,78 @@
+"""What all tasks on prepared data share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask
+from omegaconf import II, OmegaConf, open_dict
+
+from emkum.data.shards import available_splits
+from emkum.distributed import rank
+from emkum.errors import UserError
+from emkum.provenance import package_versions, write_json
+
+
+@dataclass
+class PreparedDataConfig(FairseqDataclass):
+    data: str = field(default="", metadata={"help": "folder that `emkum prepare` wrote"})
+    seed: int = II("common.seed")
+    save_dir: str = II("checkpoint.save_dir")
+
+
+class PreparedDataTask(FairseqTask):
+    """A task on a folder of `emkum prepare`: early checks, fresh batches each epoch, a record of the run."""
+
+    def __init__(self, cfg: Any) -> None:
+        refuse_half_precision_on_cpu(cfg)
+        super().__init__(cfg)
+        with open_dict(cfg):
+            # Read by fairseq's iterator factory. New batches and new workers each epoch: kept workers would go on
+            # drawing the first epoch's crops.
+            cfg.rebuild_batches, cfg.reuse_dataloader, cfg.persistent_workers = True, False, False
+        if not available_splits(cfg.data):
+            raise UserError(f"{cfg.data or '(no folder)'} holds no prepared split; make one with `emkum prepare`")
+
+    def record_run(self, train_hash: str, **more: Any) -> None:
+        """Leave beside the checkpoints what the run was made with: options, versions, hash of the training data.
+
+        Args:
+            train_hash: content hash of the training split.
+            more: further entries of the record.
+        """
+        if rank() != 0:
+            return
+        record = {
+            "options": OmegaConf.to_container(self.cfg._get_root(), resolve=True, enum_to_str=True),
+            "versions": package_versions(),
+            "data": {"folder": str(Path(self.cfg.data).resolve()), "train_hash": train_hash},
+            **more,
+        }
+        write_json(Path(self.cfg.save_dir) / "run.json", record)
+
+    def max_positions(self) -> None:
+        return None
+
+    @property
+    def source_dictionary(self) -> None:
+        return None
+
+    target_dictionary = source_dictionary
+
+
+def refuse_half_precision_on_cpu(cfg: Any) -> None:
+    """fairseq's own half precision on a CPU ends in an assertion of CUDA, or takes the path for TPUs.
+
+    Args:
+        cfg: a task's options, inside those of a run or alone.
+
+    Raises:
+        UserError: `--cpu` stands beside `--fp16`, `--bf16` or `--amp`.
+    """
+    common = getattr(cfg._get_root(), "common", None)
+    if common is None or not common.get("cpu", False):
+        return
+    wrong = [f"--{name}" for name in ("fp16", "bf16", "amp") if common.get(name, False)]
+    if wrong:
+        raise UserError(f"{wrong[0]} needs a GPU; on --cpu use float32, or --autocast bfloat16")
