@@ -196,5 +196,7 @@ def test_fingerprint_sees_names_shapes_types_and_values() -> None:
         Parts(dtype=torch.bfloat16),
         altered(Parts(), lambda module: module.w[1, 2].mul_(1 + 1e-6)),
         altered(Parts(), lambda module: module.saved[0].add_(1)),
+        # Equal bytes of another type.
+        altered(Parts(), lambda module: setattr(module, "saved", torch.zeros(2, dtype=torch.float64))),
     ]
     assert len({plain, *map(fingerprint, others)}) == 1 + len(others)

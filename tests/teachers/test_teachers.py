@@ -17,7 +17,7 @@ from emkum.models.data2vec2 import IMAGENET_MEAN, IMAGENET_STD, Data2Vec2ImageEn
 from emkum.outputs import TeacherOutput
 from emkum.teachers.base import FrozenTeacher, TeacherInput
 from emkum.teachers.cached import CachedTeacher, write_cache
-from emkum.teachers.encoder_teacher import average_layers, encoder_teacher
+from emkum.teachers.encoder_teacher import encoder_teacher
 from emkum.teachers.timm_teacher import timm_teacher
 
 SIDE, SAMPLES, VIEWS = 32, 5, 2
@@ -135,17 +135,6 @@ def test_a_teacher_stays_in_eval_mode() -> None:
     assert not isinstance(teacher, nn.Module)
 
 
-def test_average_layers_against_a_plain_loop() -> None:
-    layers = [torch.randn(2, 4, 3, dtype=torch.float64) * (1 + i) + i for i in range(3)]
-    expected = np.zeros((2, 4, 3))
-    for layer in layers:
-        for row in range(2):
-            for channel in range(3):
-                values = layer[row, :, channel].numpy()
-                expected[row, :, channel] += (values - values.mean()) / np.sqrt(values.var() + 1e-8) / len(layers)
-    np.testing.assert_allclose(average_layers(layers).numpy(), expected, atol=1e-5)
-
-
 def small_encoder(seed: int = 0) -> Data2Vec2ImageEncoder:
     torch.manual_seed(seed)
     encoder = Data2Vec2ImageEncoder(16, depth=2, prenet_depth=1, num_heads=2, input_size=SIDE, patch_size=8)
@@ -155,24 +144,21 @@ def small_encoder(seed: int = 0) -> Data2Vec2ImageEncoder:
     return encoder
 
 
-def test_encoder_teacher_averages_its_layers() -> None:
+def test_encoder_teacher_pools_mean_and_maximum_of_patches() -> None:
     encoder = small_encoder()
     teacher = encoder_teacher(encoder, {"teacher": "mine"})
     images = pixels()
     output = teacher(batch(images))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
-        layers = [layer.double() for layer in encoder.hidden_states((images.float() / 255 - mean) / std)]
-    assert len(layers) == 3
-    pooled = torch.zeros(3, 16, dtype=torch.float64)
-    for layer in layers:
-        centered = layer[:, 1:] - layer[:, 1:].mean(-1, keepdim=True)
-        normed = centered / (layer[:, 1:].var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        pooled += normed.mean(1) / len(layers)
-    torch.testing.assert_close(output.features.double(), pooled, rtol=0, atol=1e-5)
-    torch.testing.assert_close(output.patches, average_layers(layers)[:, 1:].float(), rtol=0, atol=1e-5)
+        tokens = encoder((images.float() / 255 - mean) / std).tokens
+    for row in range(3):
+        patches = tokens[row, 1:].double().numpy()
+        expected = np.concatenate([patches.mean(0), patches.max(0)])
+        np.testing.assert_allclose(output.features[row].numpy(), expected, atol=1e-5)
+    assert torch.equal(output.patches, tokens[:, 1:])
     assert output.logits is None
-    assert (teacher.width, teacher.image_size) == (16, SIDE)
+    assert (teacher.width, teacher.image_size) == (32, SIDE)
     assert (output.features[0] - output.features[1]).abs().max() > 1e-2
 
 
@@ -362,8 +348,8 @@ def test_write_cache_leaves_an_existing_folder_alone(tmp_path: Path, teacher: Fr
     assert [path.name for path in tmp_path.rglob("*")] == ["cache", "mine.txt"]
 
 
-def test_write_cache_publishes_the_cache_and_nothing_else(cache: Path) -> None:
+def test_write_cache_publishes_the_cache_and_nothing_else(cache: Path, teacher: FrozenTeacher) -> None:
     assert [path.name for path in cache.parent.iterdir()] == ["cache"]
     assert sorted(path.name for path in cache.iterdir()) == ["cache.json", "train.npy", "valid.npy"]
-    assert np.load(cache / "train.npy").shape == (VIEWS, SAMPLES, 16)
+    assert np.load(cache / "train.npy").shape == (VIEWS, SAMPLES, teacher.width)
     assert np.load(cache / "train.npy").dtype == np.float16
