@@ -1,6 +1,7 @@
 """The `emkum` command."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from emkum import __version__, prepare
@@ -21,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; mistakes of the user end it with one line and exit status 1."""
     args = build_parser().parse_args(arguments)
+    # Libraries talk at length on the root logger once fairseq has configured it; warnings still come through.
+    logging.disable(logging.INFO)
     args.run(args)
 
 

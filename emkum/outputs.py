@@ -48,7 +48,8 @@ class TeacherOutput:
 
     Attributes:
         features: (B, D_t) global feature.
-        patches: (B, N_t, D_t) patch features, None where the teacher has none or they were not asked for.
+        patches: (B, N_t, D_p) patch features, None where the teacher has none or they were not asked for; D_p is D_t
+            unless the global feature is pooled from patches in more than one way.
         logits: (B, C), None where there are none.
     """
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     files = _show_examples(args.out / "retrieval", samples, encoded, args.examples)
     histories = _histories(folders)
     if histories:
-        files += loss_curves(args.out / "curves", histories, ["loss", "mean_recall"])
+        files += loss_curves(args.out / "curves", histories, _panels(histories))
     print(retrieval_table(results))
     print("pictures:", *(str(file) for file in files if file.suffix == ".png"))
 
@@ -73,6 +73,13 @@ def _histories(folders: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
     return {name: history for name, history in found.items() if history}
 
 
+def _panels(histories: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Every objective's own loss, since sums over different objectives do not compare, and the mean recall."""
+    keys = dict.fromkeys(key for history in histories.values() for record in history for key in record)
+    losses = [key for key in keys if key.endswith("_loss") and "image_" not in key and "text_" not in key]
+    return [*losses, *(key for key in ("mean_recall",) if key in keys)] or ["loss"]
+
+
 def _show_examples(path: Path, samples: "ShardedSamples", encoded: EncodedSplit, count: int) -> list[Path]:
     """Evenly spread queries of both directions with what the student retrieves for them."""
     from emkum.data.transforms import decode
@@ -81,9 +88,9 @@ def _show_examples(path: Path, samples: "ShardedSamples", encoded: EncodedSplit,
 
     found = nearest(encoded.images, encoded.texts, k=5)
     owner = encoded.caption_image.tolist()
-    image_rows = torch.linspace(0, len(encoded.images) - 1, count).long().tolist()
-    # Other images than the first direction's, so that the page shows more of the data.
-    caption_rows = torch.linspace(len(owner) // (2 * count), len(owner) - 1, count).long().tolist()
+    # The middles of equal parts for one direction, their thirds for the other: the page shows more of the data.
+    image_rows = [int((i + 1 / 2) * len(encoded.images) / count) for i in range(count)]
+    caption_rows = [int((i + 1 / 3) * len(owner) / count) for i in range(count)]
     image_to_text = {row: found.image_to_text[row].tolist() for row in image_rows}
     text_to_image = {row: found.text_to_image[row].tolist() for row in caption_rows}
     shown_images = {*image_rows, *(row for rows in text_to_image.values() for row in rows)}

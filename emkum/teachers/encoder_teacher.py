@@ -16,8 +16,7 @@ def encoder_teacher(encoder: nn.Module, identity: dict[str, Any]) -> FrozenTeach
     Its CLS token is trained to predict a mean over patches alone; the maximum adds which things are there at all.
 
     Args:
-        encoder: `encoder(images)` gives Encoded, `encoder.hidden_states(images)` all layers; it has attributes `width`,
-            `image_size`, `mean`, `std`.
+        encoder: `encoder(images)` gives Encoded; it has attributes `width`, `image_size`, `mean`, `std`.
         identity: plain data that says which one it is; pooling and hash of the weights are added.
     """
     return FrozenTeacher(

@@ -291,7 +291,9 @@ def test_bfloat16_autocast_is_close_to_float32(encoder: str) -> None:
     choose_attention_kernel(model, picture.device, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = model(picture, text, mask)
-    for name in ("image_features", "text_features", "image_prediction", "text_prediction"):
-        expected, actual = getattr(exact, name), getattr(rough, name).float()
-        error = ((actual - expected).norm() / expected.norm()).item()
-        assert 0 < error < 1e-2, f"{name}: {error}"
+    # The head's output is small beside what it sums, so that its relative error is larger.
+    for name, limit in {"features": 1e-2, "prediction": 2e-2}.items():
+        for modality in ("image", "text"):
+            expected, actual = getattr(exact, f"{modality}_{name}"), getattr(rough, f"{modality}_{name}").float()
+            error = ((actual - expected).norm() / expected.norm()).item()
+            assert 0 < error < limit, f"{modality} {name}: {error}"
