@@ -1,4 +1,4 @@
-"""Package `emkum`: efficient multimodal knowledge-transfer models on fairseq.
+"""Package `emkum`: Extracting Multimodal Knowledge from Unimodal Models, on fairseq.
 
 Python 3.12 is the first choice: fairseq-fixed has a ready-made wheel for it and compiles from source on 3.11.
 The folder `user_dir/` is not a package of this distribution: fairseq takes it by path (`--user-dir`).
@@ -36,7 +36,7 @@ EXTRAS = {
 setup(
     name="emkum",
     version="0.1.0",
-    description="Multimodal students trained with knowledge transfer from frozen unimodal teachers, on fairseq",
+    description="Small vision-language models out of pretrained unimodal ones, on fairseq",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["emkum", "emkum.*"]),
     install_requires=REQUIREMENTS,

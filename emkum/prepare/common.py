@@ -3,19 +3,17 @@
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
-import emkum
 from emkum.data.shards import ShardedSamples, ShardWriter, staged_directory
 from emkum.errors import UserError
 from emkum.prepare.tokenizer import train_sentencepiece
+from emkum.provenance import package_versions
 
 RECORD_NAME = "prepare.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -111,7 +109,7 @@ def prepare(raw: RawSet, out: str | Path, vocab_size: int) -> None:
             train = ShardedSamples(stage / "train")
             captions = (caption for sample in train for caption in sample.captions)
             train_sentencepiece(captions, stage / TOKENIZER_NAME, vocab_size)
-        record["versions"] = _versions()
+        record["versions"] = package_versions()
         (stage / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for split, counts in record["splits"].items():
         print(f"{out}: {split}: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
@@ -155,11 +153,6 @@ def _assert_same(out: Path, previous: dict[str, Any], record: dict[str, Any]) ->
                 difference = f"{what} {name}{values}"
     if difference is not None:
         raise UserError(f"{out} holds other prepared data ({difference}): choose another --out or remove it")
-
-
-def _versions() -> dict[str, str]:
-    packages = {package: metadata.version(package) for package in ("numpy", "pillow", "sentencepiece")}
-    return {"emkum": emkum.__version__, "python": ".".join(map(str, sys.version_info[:3])), **packages}
 
 
 def hash_source(path: Path) -> str:

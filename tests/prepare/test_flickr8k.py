@@ -81,7 +81,7 @@ def test_record_of_what_was_done(raw, tmp_path, run_prepare) -> None:
     record = json.loads((out / "prepare.json").read_text())
     assert record["splits"]["train"] == {"images": 1, "captions": 2, "skipped": 2}
     assert record["splits"]["test"] == {"images": 1, "captions": 2, "skipped": 0}
-    assert set(record["versions"]) == {"emkum", "python", "numpy", "pillow", "sentencepiece"}
+    assert set(record["versions"]) >= {"emkum", "python", "numpy", "pillow", "sentencepiece"}
     assert set(record["sources"]) == {"images", "captions", "split train", "split valid", "split test"}
     assert str(tmp_path) not in json.dumps(record)
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
