@@ -79,7 +79,8 @@ class ImageTextStudentModel(BaseFairseqModel):
 
         Shapes are those of `emkum.data.image_text.collate`; `targets` are the teacher's for the same images.
         """
-        dtype = self.autocast_dtype
+        # Validation runs in full precision: its figures are those that `emkum evaluate` prints.
+        dtype = self.autocast_dtype if self.training else None
         choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
         with torch.autocast(image.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             output = self.student(image, text, padding_mask, groups)
