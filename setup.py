@@ -23,12 +23,27 @@ REQUIREMENTS = [
     "matplotlib",
     "safetensors",
     "tqdm",
+    # WordPiece and byte-pair tokenizers; their splitting rules; the repair of broken Unicode that CLIP's begins with.
+    "tokenizers",
+    "regex",
+    "ftfy",
 ]
 
 # No extra for apex: the PyPI package of that name is an unrelated project. NVIDIA's apex is an optional accelerator
 # that fairseq detects by itself where it is installed.
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6"],
+    # The tokenizers are compared with transformers and open_clip; webdataset writes tars that are read.
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.6",
+        "pyarrow",
+        "transformers>=5",
+        "open_clip_torch>=3.3",
+        "webdataset>=1",
+    ],
+    # Captions and texts in Parquet files.
+    "parquet": ["pyarrow"],
     "fsdp": ["fairscale"],
     "hub": ["huggingface_hub"],
 }

@@ -1,5 +1,6 @@
 """A trained student, ready for use."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from emkum.data.tokenizers import PAD, Tokenizer, encode, load_tokenizer
+from emkum.data.decoding import to_rgb
+from emkum.data.tokenizers import Tokenizer, encode, load_tokenizer
 from emkum.data.transforms import center_box, to_tensor
 from emkum.errors import UserError
 from emkum.models.builders import build_student
@@ -58,15 +60,18 @@ class ImageTextModel:
         parts = []
         for chunk in _chunks(order, batch_size):
             longest = max(len(tokens[i]) for i in chunk)
-            batch = torch.tensor([tokens[i] + [PAD] * (longest - len(tokens[i])) for i in chunk], device=self.device)
-            parts.append(F.normalize(self.student.encode_text(batch, batch.eq(PAD)).cls.float(), dim=-1).cpu())
+            lengths = torch.tensor([len(tokens[i]) for i in chunk])
+            padding = (torch.arange(longest) >= lengths[:, None]).to(self.device)
+            pad = self.tokenizer.special.pad
+            batch = torch.tensor([tokens[i] + [pad] * (longest - len(tokens[i])) for i in chunk], device=self.device)
+            parts.append(F.normalize(self.student.encode_text(batch, padding).cls.float(), dim=-1).cpu())
         if not parts:
             return self._empty()
         features = torch.cat(parts)
         return torch.empty_like(features).index_copy_(0, torch.tensor(order), features)
 
     def _crop(self, image: Image.Image) -> Tensor:
-        image = image.convert("RGB")
+        image = to_rgb(image)
         size = (self.image_size, self.image_size)
         return to_tensor(image.resize(size, Image.Resampling.BICUBIC, box=center_box(*image.size)))
 
@@ -112,7 +117,8 @@ def load(checkpoint: str | Path, device: str = "cpu") -> ImageTextModel:
         raise UserError(f"{path} is a checkpoint of {name or 'an unknown kind'}, not of {MODEL}")
     model_options, task_options = options["model"], options["task"]
     tokenizer = load_tokenizer(_tokenizer_path(path, task_options))
-    student = build_student(model_options, tokenizer.vocab_size, target_width=None, pretrained=False)
+    pad = tokenizer.special.pad
+    student = build_student(model_options, tokenizer.vocab_size, None, pretrained=False, pad_index=pad)
     weights = {key.removeprefix(_STUDENT): value for key, value in state["model"].items() if key.startswith(_STUDENT)}
     weights = {key: value for key, value in weights.items() if not key.startswith(_HEAD)}
     try:
@@ -128,4 +134,4 @@ def _tokenizer_path(checkpoint: Path, task_options: dict[str, Any]) -> Path:
     beside = checkpoint.parent / "tokenizer"
     if beside.is_dir():
         return beside
-    return Path(task_options["caption_tokenizer"] or Path(task_options["data"]) / "tokenizer.model")
+    return Path(task_options["caption_tokenizer"] or task_options["data"].split(os.pathsep)[0])

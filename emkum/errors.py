@@ -1,5 +1,7 @@
 """The one exception for mistakes that a user can mend."""
 
+_PREFIX = "emkum: error: "
+
 
 class UserError(SystemExit):
     """A wrong file, option or value.
@@ -10,4 +12,8 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"emkum: error: {message}")
+        super().__init__(_PREFIX + message)
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str]]:
+        # Worker processes hand it on pickled; the prefix must not be added twice.
+        return type(self), (str(self).removeprefix(_PREFIX),)

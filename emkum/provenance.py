@@ -1,13 +1,14 @@
 """What a result was made with, as JSON beside it."""
 
 import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchvision", "timm", "fairseq-fixed", "sentencepiece", "numpy", "pillow")
+from emkum.files import replaced_file
+
+_PACKAGES = ("torch", "torchvision", "timm", "fairseq-fixed", "sentencepiece", "tokenizers", "ftfy", "numpy", "pillow")
 
 
 def package_versions() -> dict[str, str]:
@@ -25,8 +26,6 @@ def package_versions() -> dict[str, str]:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

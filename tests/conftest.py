@@ -29,7 +29,11 @@ def run_prepare() -> Callable[..., None]:
     def run(*arguments: object) -> None:
         parser = argparse.ArgumentParser()
         emkum.prepare.add_parser(parser.add_subparsers(required=True))
-        args = parser.parse_args(["prepare", *map(str, arguments)])
+        words = [str(argument) for argument in arguments]
+        if words[0] != "tokenizer" and not any(word.startswith("--workers") for word in words):
+            # Worker processes take longer to start than the few samples of a test do.
+            words += ["--workers", "1"]
+        args = parser.parse_args(["prepare", *words])
         args.run(args)
 
     return run

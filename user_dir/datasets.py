@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from fairseq.data import FairseqDataset
 
+from emkum.data.order import OrderConfig, batches_by_length, epoch_order, parse_weights
 from emkum.distributed import world_size
 from emkum.errors import UserError
 
@@ -13,19 +14,36 @@ from emkum.errors import UserError
 class EpochDataset(FairseqDataset):
     """Adapts a dataset whose items depend on (seed, epoch, index) alone.
 
-    Training order is a new permutation each epoch; incomplete batches, and batches that not every device would get
-    one of, are left out of an epoch, because losses over gathered features need equal batches.
+    Training order is a new one each epoch; incomplete batches, and batches that not every device would get one of, are
+    left out of an epoch, because losses over gathered features need equal batches.
 
     Args:
-        dataset: has `__getitem__`, `__len__` and `set_epoch`.
+        dataset: has `__getitem__`, `__len__`, `set_epoch` and `samples` (a `MixedSamples`).
         collate: list of items to a batch.
         training: shuffle and leave out the remainder; otherwise everything in order.
+        order: how to shuffle.
+
+    Raises:
+        UserError: the order's weights do not fit the sets.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list], dict[str, Any]], training: bool) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list], dict[str, Any]],
+        training: bool,
+        order: OrderConfig | None = None,
+    ) -> None:
         self.dataset = dataset
         self.collater = collate
         self.training = training
+        self.order = order or OrderConfig()
+        try:
+            self.weights = parse_weights(self.order.weights, len(dataset.samples.lengths)) if training else []
+        except ValueError as error:
+            raise UserError(f"--order-weights {self.order.weights!r}: {error}") from None
+        if self.order.window < 0:
+            raise UserError(f"--order-window {self.order.window}: want 0 (full shuffle) or more")
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
@@ -48,8 +66,15 @@ class EpochDataset(FairseqDataset):
         return 1
 
     def ordered_indices(self) -> np.ndarray:
+        if not self.training:
+            return np.arange(len(self))
         # fairseq calls this under a seed made of the run's seed and the epoch.
-        return np.random.permutation(len(self)) if self.training else np.arange(len(self))
+        return epoch_order(self.dataset.samples.lengths, np.random, self.weights, self.order.window)
+
+    @property
+    def shuffles_batches(self) -> bool:
+        """Whether fairseq may shuffle the batches once more: not where their order is that of the disk."""
+        return self.order.window == 0
 
     def batch_by_size(
         self,
@@ -60,7 +85,12 @@ class EpochDataset(FairseqDataset):
     ) -> list[np.ndarray]:
         if max_sentences is None:
             raise UserError("batches are counted in images here: give --batch-size, not --max-tokens")
-        batches = [indices[start : start + max_sentences] for start in range(0, len(indices), max_sentences)]
+        if self.training and self.order.by_length:
+            # fairseq's seed is gone by now; the epoch's order seeds what follows from it.
+            rng = np.random.RandomState(indices[:8])
+            batches = batches_by_length(indices, self.dataset.samples.caption_lengths, max_sentences, rng)
+        else:
+            batches = [indices[start : start + max_sentences] for start in range(0, len(indices), max_sentences)]
         if not self.training:
             return batches
         whole = [batch for batch in batches if len(batch) == max_sentences]

@@ -1,5 +1,6 @@
 """What all tasks on prepared data share."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask
 from omegaconf import II, OmegaConf, open_dict
 
+from emkum.data.mixture import MixedSamples, open_mixture
 from emkum.data.shards import available_splits
 from emkum.distributed import rank
 from emkum.errors import UserError
@@ -16,7 +18,10 @@ from emkum.provenance import package_versions, write_json
 
 @dataclass
 class PreparedDataConfig(FairseqDataclass):
-    data: str = field(default="", metadata={"help": "folder that `emkum prepare` wrote"})
+    data: str = field(
+        default="",
+        metadata={"help": "folder that `emkum prepare` wrote, or several as A:B to train on all; A is validated on"},
+    )
     seed: int = II("common.seed")
     save_dir: str = II("checkpoint.save_dir")
 
@@ -31,8 +36,19 @@ class PreparedDataTask(FairseqTask):
             # Read by fairseq's iterator factory. New batches and new workers each epoch: kept workers would go on
             # drawing the first epoch's crops.
             cfg.rebuild_batches, cfg.reuse_dataloader, cfg.persistent_workers = True, False, False
-        if not available_splits(cfg.data):
-            raise UserError(f"{cfg.data or '(no folder)'} holds no prepared split; make one with `emkum prepare`")
+        self.folders = [folder for folder in (cfg.data or "").split(os.pathsep) if folder]
+        for folder in self.folders or ["(no folder)"]:
+            if not available_splits(folder):
+                raise UserError(f"{folder} holds no prepared split; make one with `emkum prepare`")
+
+    def open_samples(self, split: str, require_captions: bool = True) -> MixedSamples:
+        """A split: for training that of all folders, for validation the first folder's."""
+        return open_mixture(self.folders if split == "train" else self.folders[:1], split, require_captions)
+
+    def get_batch_iterator(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
+        iterator = super().get_batch_iterator(dataset, *arguments, **options)
+        iterator.disable_shuffling = not dataset.shuffles_batches
+        return iterator
 
     def record_run(self, train_hash: str, **more: Any) -> None:
         """Leave beside the checkpoints what the run was made with: options, versions, hash of the training data.
@@ -46,7 +62,7 @@ class PreparedDataTask(FairseqTask):
         record = {
             "options": OmegaConf.to_container(self.cfg._get_root(), resolve=True, enum_to_str=True),
             "versions": package_versions(),
-            "data": {"folder": str(Path(self.cfg.data).resolve()), "train_hash": train_hash},
+            "data": {"folders": [str(Path(folder).resolve()) for folder in self.folders], "train_hash": train_hash},
             **more,
         }
         write_json(Path(self.cfg.save_dir) / "run.json", record)

@@ -50,7 +50,7 @@ def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size:
     """Encode every image and every caption of a split, with a progress bar."""
     from tqdm import tqdm
 
-    from emkum.data.transforms import decode
+    from emkum.data.decoding import decode
 
     images, texts, owners = [], [], []
     for start in tqdm(range(0, len(samples), batch_size), desc="encoding", unit="batch"):

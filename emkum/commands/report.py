@@ -82,7 +82,7 @@ def _panels(histories: dict[str, list[dict[str, float]]]) -> list[str]:
 
 def _show_examples(path: Path, samples: "ShardedSamples", encoded: EncodedSplit, count: int) -> list[Path]:
     """Evenly spread queries of both directions with what the student retrieves for them."""
-    from emkum.data.transforms import decode
+    from emkum.data.decoding import decode
     from emkum.evaluation.figures import retrieval_examples
     from emkum.evaluation.retrieval import nearest
 

@@ -42,8 +42,9 @@ def resolve(recipe: str, overrides: list[str], cpu: bool) -> dict[str, Any]:
         for half in ("fp16", "bf16", "amp"):
             if options.get(half):
                 raise UserError(f"{half} needs a GPU; on a CPU leave it out, or set autocast=bfloat16")
-    if not Path(str(options["data"])).is_dir():
-        raise UserError(f"data folder {options['data']} does not exist; make it with `emkum prepare`")
+    for folder in str(options["data"]).split(os.pathsep):
+        if not Path(folder).is_dir():
+            raise UserError(f"data folder {folder} does not exist; make it with `emkum prepare`")
     options.setdefault("save_dir", str(Path("runs") / Path(recipe).stem))
     return options
 

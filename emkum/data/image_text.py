@@ -1,5 +1,6 @@
 """Image-caption pairs for training and for retrieval. Plain PyTorch: `user_dir` adapts it to fairseq."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,20 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emkum.data.augment import Augment, augmented_views
+from emkum.data.masking import IGNORE, BlockMasking, MaskedText, TextMaskingConfig, mask_text
+from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
 from emkum.data.tokenizers import PAD, Tokenizer, encode
 from emkum.data.transforms import ImageTransform
 
 # Streams of randomness of one sample; each derives from (seed, stream, epoch or view, index) alone, so that a resumed
-# or differently sharded run sees the same crops and captions.
-_CROP_STREAM, _CAPTION_STREAM = 0, 1
+# or differently sharded run sees the same crops, captions and masks.
+_CROP_STREAM, _CAPTION_STREAM, _TEXT_MASK_STREAM, _PATCH_MASK_STREAM = range(4)
 
 
 @dataclass
 class CaptionConfig:
     tokenizer: str = field(
         default="",
-        metadata={"help": "SentencePiece file, or folder with tokenizer.model or GPT-2's files; empty = DATA's own"},
+        metadata={
+            "help": "SentencePiece file, BERT's vocab.txt, CLIP's vocabulary, or a folder with one of these or with "
+            "GPT-2's files; empty = DATA's own"
+        },
     )
     per_image: int = field(
         default=1, metadata={"help": "captions drawn for each visit of a training image, all positives of it; 0 = all"}
@@ -43,7 +50,10 @@ class ImageTextItem:
         view: which of the repeating crops this is; -1 where crops do not repeat.
         image: (3, S, S) uint8.
         captions: token ids, special tokens included.
-        teacher_image: (3, S_t, S_t) uint8, the same crop at the teacher's size; None where the teacher takes `image`.
+        teacher_image: (3, S_t, S_t) uint8, the same crop without augmentation at the teacher's size; None where the
+            teacher takes `image`.
+        masked_captions: of each caption, the ids with some masked and what is to be predicted; None without masking.
+        patch_mask: (H, W) bool, True where a patch is masked; None without masking.
     """
 
     id: int
@@ -53,13 +63,15 @@ class ImageTextItem:
     image: Tensor
     captions: list[list[int]]
     teacher_image: Tensor | None = None
+    masked_captions: list[MaskedText] | None = None
+    patch_mask: np.ndarray | None = None
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
     """Images with captions from tar shards.
 
     Args:
-        samples: one split.
+        samples: one split, or those of several sets.
         tokenizer: caption to ids.
         transform: crop for the student.
         captions_per_image: how many captions to draw for each visit of an image (without replacement while there are
@@ -70,11 +82,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
             used; 0 = a new crop each epoch.
         teacher_size: side of a second copy of the crop in pixels; 0 = none.
         split: name, carried along in each item.
+        augment: what changes the student's crop alone; None = nothing.
+        text_masking, patch_masking: masks to draw for each caption and image; None = none.
     """
 
     def __init__(
         self,
-        samples: ShardedSamples,
+        samples: ShardedSamples | MixedSamples,
         tokenizer: Tokenizer,
         transform: ImageTransform,
         captions_per_image: int = 1,
@@ -83,6 +97,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
         num_views: int = 0,
         teacher_size: int = 0,
         split: str = "train",
+        augment: Augment | None = None,
+        text_masking: TextMaskingConfig | None = None,
+        patch_masking: BlockMasking | None = None,
     ) -> None:
         self.samples = samples
         self.split = split
@@ -93,6 +110,9 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.num_views = num_views
         self.teacher_size = teacher_size
+        self.augment = augment if augment is not None and augment.active else None
+        self.text_masking = text_masking
+        self.patch_masking = patch_masking
         self.epoch = 1
 
     def __len__(self) -> int:
@@ -110,26 +130,43 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return (self.epoch - 1) % self.num_views if self.num_views > 0 else -1
 
     def __getitem__(self, index: int) -> ImageTextItem:
-        sample = self.samples[int(index)]
+        index = int(index)
+        sample = self.samples[index]
         image, teacher_image = self.crops(index, sample.image)
+        captions = [encode(self.tokenizer, text, self.max_tokens) for text in self._draw(index, sample.captions)]
+        masked_captions = patch_mask = None
+        if self.text_masking is not None:
+            rng = self._generator(_TEXT_MASK_STREAM, index)
+            masked_captions = [mask_text(ids, self.tokenizer, self.text_masking, rng) for ids in captions]
+        if self.patch_masking is not None:
+            patch_mask = self.patch_masking(self._generator(_PATCH_MASK_STREAM, index))
         return ImageTextItem(
-            id=int(index),
+            id=index,
             split=self.split,
             image_id=sample.image_id,
             view=self.view,
             image=image,
-            captions=[encode(self.tokenizer, text, self.max_tokens) for text in self._draw(index, sample.captions)],
+            captions=captions,
             teacher_image=teacher_image,
+            masked_captions=masked_captions,
+            patch_mask=patch_mask,
         )
+
+    def _generator(self, stream: int, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, stream, self.epoch, index))
 
     def crops(self, index: int, data: bytes) -> tuple[Tensor, Tensor | None]:
         """This epoch's crop of an encoded image for the student, and for the teacher where its size differs."""
         crop = self.view if self.view >= 0 else self.epoch
         rng = np.random.default_rng((self.seed, _CROP_STREAM, crop, index))
-        if self.teacher_size in (0, self.transform.size):
-            return self.transform(data, rng), None
-        image, teacher_image = self.transform.views(data, (self.transform.size, self.teacher_size), rng)
-        return image, teacher_image
+        # An augmented crop is the student's alone, even where the teacher's is of the same size.
+        shared = self.teacher_size == 0 or (self.teacher_size == self.transform.size and self.augment is None)
+        sizes = (self.transform.size,) if shared else (self.transform.size, self.teacher_size)
+        if self.augment is None:
+            views = self.transform.views(data, sizes, rng)
+        else:
+            views = augmented_views(self.transform, self.augment, data, sizes, rng)
+        return views[0], None if shared else views[1]
 
     def describe_crops(self) -> dict[str, float | int | bool]:
         """What this split's crops depend on, beside the images."""
@@ -146,13 +183,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def _draw(self, index: int, captions: tuple[str, ...]) -> list[str]:
         if self.captions_per_image == 0:
             return list(captions)
-        rng = np.random.default_rng((self.seed, _CAPTION_STREAM, self.epoch, index))
+        rng = self._generator(_CAPTION_STREAM, index)
         rounds = -(-self.captions_per_image // len(captions))
         order = np.concatenate([rng.permutation(len(captions)) for _ in range(rounds)])
         return [captions[i] for i in order[: self.captions_per_image]]
 
 
-def collate(items: list[ImageTextItem], num_groups: int = 1) -> dict[str, Any]:
+def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> dict[str, Any]:
     """Stack items to a batch of B images and T captions.
 
     Captions are ordered by length and cut into groups that a student can run each at its own length; the padding of
@@ -161,36 +198,50 @@ def collate(items: list[ImageTextItem], num_groups: int = 1) -> dict[str, Any]:
     Args:
         items: what the dataset returned.
         num_groups: groups of about equal numbers of captions.
+        pad: id at padding.
 
     Returns:
         id, view: (B,) int64. split: name of the split. teacher_image: (B, 3, S_t, S_t) uint8 or None.
         net_input: image (B, 3, S, S) uint8; text (T, L) int64; padding_mask (T, L) bool, True at padding; groups
         [(captions, length), ...]; image_ids (B,) int64; caption_image (T,) int64, the row of each caption's image.
+        masked_text, masked_text_targets: (T, L) int64 or None, with IGNORE where nothing is to be predicted.
+        patch_mask: (B, H, W) bool, True where masked, or None.
         nsentences: B. ntokens: tokens without padding. Empty for no items.
     """
     if not items:
         return {}
-    rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]
-    rows.sort(key=lambda pair: len(pair[1]))
-    lengths = np.array([len(caption) for _, caption in rows])
-    text = torch.full((len(rows), int(lengths[-1])), PAD, dtype=torch.int64)
-    for row, (_, caption) in enumerate(rows):
-        text[row, : len(caption)] = torch.tensor(caption)
+    owners = np.repeat(np.arange(len(items)), [len(item.captions) for item in items])
+    lengths = np.array([len(caption) for item in items for caption in item.captions])
+    order = np.argsort(lengths, kind="stable")
+    lengths = lengths[order]
+    padding = np.arange(int(lengths[-1])) >= lengths[:, None]
+    captions = [caption for item in items for caption in item.captions]
+    masked = [masked for item in items for masked in item.masked_captions or ()]
     groups = [(len(part), int(part[-1])) for part in np.array_split(lengths, num_groups) if len(part) > 0]
-    has_teacher_image = items[0].teacher_image is not None
+    first = items[0]
     return {
         "id": torch.tensor([item.id for item in items]),
-        "split": items[0].split,
+        "split": first.split,
         "view": torch.tensor([item.view for item in items]),
-        "teacher_image": torch.stack([item.teacher_image for item in items]) if has_teacher_image else None,
+        "teacher_image": None if first.teacher_image is None else torch.stack([item.teacher_image for item in items]),
+        "masked_text": _padded([m.inputs for m in masked], order, padding, pad) if masked else None,
+        "masked_text_targets": _padded([m.targets for m in masked], order, padding, IGNORE) if masked else None,
+        "patch_mask": None if first.patch_mask is None else torch.from_numpy(np.stack([i.patch_mask for i in items])),
         "net_input": {
             "image": torch.stack([item.image for item in items]),
-            "text": text,
-            "padding_mask": text.eq(PAD),
+            "text": _padded(captions, order, padding, pad),
+            "padding_mask": torch.from_numpy(padding),
             "groups": groups,
             "image_ids": torch.tensor([item.image_id for item in items]),
-            "caption_image": torch.tensor([row for row, _ in rows]),
+            "caption_image": torch.from_numpy(owners[order]),
         },
         "nsentences": len(items),
         "ntokens": int(lengths.sum()),
     }
+
+
+def _padded(rows: Sequence[Sequence[int]], order: np.ndarray, padding: np.ndarray, value: int) -> Tensor:
+    """(T, L) int64: the rows in the given order, with `value` where `padding` (T, L) is True."""
+    table = np.full(padding.shape, value, dtype=np.int64)
+    table[~padding] = np.concatenate([rows[i] for i in order])
+    return torch.from_numpy(table)

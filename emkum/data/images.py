@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emkum.data.augment import Augment, MultiCrop, augmented_views
+from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
 from emkum.data.transforms import ImageTransform
 
@@ -21,25 +23,33 @@ class ImageCropConfig:
 
 @dataclass
 class ImageItem:
-    """One image: its index in the split, and (3, S, S) uint8."""
+    """One image: its index in the split, and its crops, (3, S, S) uint8 each; several with `MultiCrop`."""
 
     id: int
-    image: Tensor
+    views: list[Tensor]
 
 
 class ImageDataset(torch.utils.data.Dataset):
     """Crops of images from tar shards.
 
     Args:
-        samples: one split.
-        transform: the crop; where it is random, it derives from (seed, epoch, index) alone.
+        samples: one split, or those of several sets.
+        transform: the crop, or several crops; where it is random, it derives from (seed, epoch, index) alone.
         seed: of the crops.
+        augment: what changes a single crop; None = nothing. Several crops bring their own.
     """
 
-    def __init__(self, samples: ShardedSamples, transform: ImageTransform, seed: int = 1) -> None:
+    def __init__(
+        self,
+        samples: ShardedSamples | MixedSamples,
+        transform: ImageTransform | MultiCrop,
+        seed: int = 1,
+        augment: Augment | None = None,
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.augment = augment if augment is not None and augment.active else None
         self.epoch = 1
 
     def __len__(self) -> int:
@@ -51,20 +61,29 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> ImageItem:
         rng = np.random.default_rng((self.seed, self.epoch, int(index)))
-        return ImageItem(int(index), self.transform(self.samples[int(index)].image, rng))
+        image = self.samples[int(index)].image
+        if isinstance(self.transform, MultiCrop):
+            return ImageItem(int(index), self.transform(image, rng))
+        if self.augment is not None:
+            views = augmented_views(self.transform, self.augment, image, [self.transform.size], rng)
+            return ImageItem(int(index), views)
+        return ImageItem(int(index), [self.transform(image, rng)])
 
 
 def collate(items: list[ImageItem]) -> dict[str, Any]:
     """Stack items to a batch of B images.
 
     Returns:
-        id: (B,) int64. net_input: image (B, 3, S, S) uint8. nsentences, ntokens: B. Empty for no items.
+        id: (B,) int64. net_input: image (B, 3, S, S) uint8, the first crop. views: all crops, (B, 3, S, S) uint8 each.
+        nsentences, ntokens: B. Empty for no items.
     """
     if not items:
         return {}
+    views = [torch.stack(crops) for crops in zip(*(item.views for item in items), strict=True)]
     return {
         "id": torch.tensor([item.id for item in items]),
-        "net_input": {"image": torch.stack([item.image for item in items])},
+        "net_input": {"image": views[0]},
+        "views": views,
         "nsentences": len(items),
         "ntokens": len(items),
     }

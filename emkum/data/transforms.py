@@ -1,6 +1,6 @@
-"""From encoded image to uint8 crop. Normalization is left to the models: student and teacher differ in theirs."""
+"""From encoded image to uint8 crop. Normalization is left to the models: student and teacher differ in theirs, so
+crops travel as uint8."""
 
-import io
 import math
 from dataclasses import dataclass, field
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from emkum.data.decoding import decode
 
 
 @dataclass
@@ -22,11 +24,6 @@ class CropConfig:
     )
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode an image file to RGB."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
 def center_box(width: int, height: int) -> tuple[float, float, float, float]:
     """The largest centered square (left, top, right, bottom), in pixels."""
     side = min(width, height)
@@ -35,12 +32,17 @@ def center_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def random_box(
-    width: int, height: int, min_scale: float, rng: np.random.Generator, max_aspect: float = 4 / 3
+    width: int,
+    height: int,
+    min_scale: float,
+    rng: np.random.Generator,
+    max_aspect: float = 4 / 3,
+    max_scale: float = 1.0,
 ) -> tuple[float, float, float, float]:
-    """A random crop (left, top, right, bottom) in pixels: area in [min_scale, 1] of the image, aspect ratio log-uniform
-    (Inception crop, Szegedy et al. 2015)."""
+    """A random crop (left, top, right, bottom) in pixels: area in [min_scale, max_scale] of the image, aspect ratio
+    log-uniform (Inception crop, Szegedy et al. 2015). The centered square where ten tries do not fit."""
     for _ in range(10):
-        area = width * height * rng.uniform(min_scale, 1.0)
+        area = width * height * rng.uniform(min_scale, max_scale)
         aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -62,11 +64,20 @@ class ImageTransform:
         size: side of the result in pixels.
         min_scale: smallest part of the image's area that a random crop keeps; 1 and no flip means the centered square.
         flip: mirror half of the images.
+        max_scale: largest part of the image's area that a random crop keeps.
+
+    Raises:
+        ValueError: max_scale is below min_scale.
     """
 
     size: int
     min_scale: float = 1.0
     flip: bool = False
+    max_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_scale < min(self.min_scale, 1.0):
+            raise ValueError(f"max_scale {self.max_scale} is below min_scale {self.min_scale}")
 
     @property
     def random(self) -> bool:
@@ -78,13 +89,18 @@ class ImageTransform:
 
     def views(self, data: bytes, sizes: tuple[int, ...], rng: np.random.Generator | None = None) -> list[Tensor]:
         """The same crop and flip at several sizes, (3, s, s) uint8 each."""
-        image = decode(data)
+        return [to_tensor(view) for view in self.crop(decode(data), sizes, rng)]
+
+    def crop(
+        self, image: Image.Image, sizes: tuple[int, ...], rng: np.random.Generator | None = None
+    ) -> list[Image.Image]:
+        """The same crop and flip of a decoded image at several sizes, s x s pixels each."""
         if self.min_scale < 1.0:
-            box = random_box(*image.size, self.min_scale, rng)
+            box = random_box(*image.size, self.min_scale, rng, max_scale=self.max_scale)
         else:
             box = center_box(*image.size)
         mirrored = self.flip and rng.random() < 0.5
         views = [image.resize((size, size), Image.Resampling.BICUBIC, box=box) for size in sizes]
         if mirrored:
             views = [view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for view in views]
-        return [to_tensor(view) for view in views]
+        return views

@@ -100,7 +100,11 @@ TIMM_PREFIX = "timm:"
 
 
 def build_student(
-    options: Mapping[str, Any], vocab_size: int, target_width: int | None, pretrained: bool = True
+    options: Mapping[str, Any],
+    vocab_size: int,
+    target_width: int | None,
+    pretrained: bool = True,
+    pad_index: int = 1,
 ) -> ImageTextStudent:
     """Build the student from flat options (see STUDENT_PARTS for their prefixes).
 
@@ -109,6 +113,7 @@ def build_student(
         vocab_size: rows of the token embedding.
         target_width: width of the teacher's target; None = no distillation head.
         pretrained: read the encoders' pretrained weights; False where a checkpoint of the whole student follows.
+        pad_index: id of padding; 1 in fairseq's dictionary.
 
     Raises:
         UserError: an option has a value that names nothing.
@@ -116,7 +121,7 @@ def build_student(
     parts = collect_parts(STUDENT_PARTS, options)
     size = _choose("--student-size", parts["student"].size, SIZES)
     image_encoder = _build_image_encoder(parts["image"], size, pretrained)
-    text_encoder = _build_text_encoder(parts["text"], size, vocab_size, pretrained)
+    text_encoder = _build_text_encoder(parts["text"], size, vocab_size, pad_index, pretrained)
     width = image_encoder.width
     heads = size.heads if size.width == width else max(1, width // 64)
     shared = parts["shared"]
@@ -176,13 +181,16 @@ def _build_image_encoder(config: ImageEncoderConfig, size: Size, pretrained: boo
     return encoder
 
 
-def _build_text_encoder(config: TextEncoderConfig, size: Size, vocab_size: int, pretrained: bool) -> nn.Module:
+def _build_text_encoder(
+    config: TextEncoderConfig, size: Size, vocab_size: int, pad_index: int, pretrained: bool
+) -> nn.Module:
     encoder = Data2Vec2TextEncoder(
         vocab_size=vocab_size,
         embed_dim=size.width,
         depth=config.layers or size.layers,
         num_heads=size.heads,
         max_positions=config.max_positions,
+        pad_index=pad_index,
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
         drop_path=config.drop_path,

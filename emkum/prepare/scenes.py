@@ -1,17 +1,16 @@
 """Rendered scenes: the data that comes with the project, made on the spot."""
 
 import argparse
-import multiprocessing
 import random
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from emkum.errors import UserError
-from emkum.prepare.common import RawSample, add_common_arguments, prepare
+from emkum.prepare.common import add_common_arguments, add_set_parser, run_set
+from emkum.prepare.raw_set import ImageSet, RawSample, Settings
 from emkum.prepare.scene_drawing import render
 from emkum.prepare.scene_facts import MAX_OBJECTS, Scene, draw_scene
 from emkum.prepare.scene_language import describe, make_statements, name_regions
@@ -19,25 +18,20 @@ from emkum.prepare.scene_language import describe, make_statements, name_regions
 # Goes up whenever equal options would give another output.
 GENERATOR_VERSION = 1
 MIN_IMAGES, MIN_SIDE = 10, 32
-_EXAMPLE = """\
-example, 4,000 + 500 + 500 scenes of 64 x 64 pixels:
-  emkum prepare scenes --num-images 5000 --seed 1 --out data/scenes
-"""
 # Scene i goes to the split of position i modulo 10.
 _SPLIT_CYCLE = 8 * ("train",) + ("valid", "test")
-_CHUNK = 32
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the sub-command `scenes`."""
-    parser = subparsers.add_parser(
+    parser = add_set_parser(
+        subparsers,
         "scenes",
         help="rendered scenes of colored shapes with captions, regions and statements; needs no download",
         description="Render scenes of one to three colored shapes: 80 % train, 10 % valid, 10 % test. No scene\n"
         "content (shapes, colors, sizes, coarse positions and background) occurs twice. Each sample's JSON holds\n"
         "captions, regions (phrase and box in pixels), objects, labels, and as many true as false statements.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="  emkum prepare scenes --num-images 5000 --seed 1 --out data/scenes",
     )
     parser.add_argument(
         "--num-images", type=int, default=5000, metavar="N", help="scenes of all splits (default: %(default)s)"
@@ -46,29 +40,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--seed", type=int, default=1, help="equal seeds give equal bytes with equal versions (default: %(default)s)"
     )
     parser.add_argument(
-        "--image-size", type=int, default=64, metavar="PIXELS", help="side of the square images (default: %(default)s)"
+        "--image-size",
+        dest="scene_size",
+        type=int,
+        default=64,
+        metavar="PIXELS",
+        help="side of the square images (default: %(default)s)",
     )
     parser.add_argument(
         "--captions-per-image", type=int, default=5, metavar="N", help="captions of an image (default: %(default)s)"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that render; 0 = this one; the output does not depend on it (default: %(default)s)",
-    )
-    add_common_arguments(parser, vocab_size=400)
+    add_common_arguments(parser, vocab_size=400, shrink=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the folder that the arguments of the sub-command describe."""
-    raw = Scenes(args.num_images, args.seed, args.image_size, args.captions_per_image, args.workers)
-    prepare(raw, args.out, args.vocab_size)
+    run_set(Scenes(args.num_images, args.seed, args.scene_size, args.captions_per_image), args)
 
 
-class Scenes:
+class Scenes(ImageSet):
     """The raw set.
 
     Args:
@@ -76,7 +67,6 @@ class Scenes:
         seed: of everything.
         image_size: side in pixels.
         captions_per_image: how many.
-        workers: rendering processes; 0 = none beside this one.
 
     Raises:
         UserError: a number is too small.
@@ -84,58 +74,41 @@ class Scenes:
 
     name = "scenes"
 
-    def __init__(
-        self, num_images: int, seed: int = 1, image_size: int = 64, captions_per_image: int = 5, workers: int = 0
-    ) -> None:
+    def __init__(self, num_images: int, seed: int = 1, image_size: int = 64, captions_per_image: int = 5) -> None:
         _assert_at_least("--num-images", num_images, MIN_IMAGES)
         _assert_at_least("--seed", seed, 0)
         _assert_at_least("--image-size", image_size, MIN_SIDE)
         _assert_at_least("--captions-per-image", captions_per_image, 1)
-        _assert_at_least("--workers", workers, 0)
         self.options: dict[str, Any] = {
             "num_images": num_images,
             "seed": seed,
-            "image_size": image_size,
+            "scene_size": image_size,
             "captions_per_image": captions_per_image,
             "generator": GENERATOR_VERSION,
         }
         self.sources: dict[str, Path] = {}
-        self.workers = workers
         splits = [_SPLIT_CYCLE[index % len(_SPLIT_CYCLE)] for index in range(num_images)]
         self.counts = {split: splits.count(split) for split in dict.fromkeys(_SPLIT_CYCLE)}
         self._attempts: np.ndarray | None = None
 
-    def samples(self, split: str) -> Iterator[RawSample]:
-        """In the order of the scenes' numbers, which are also their image ids."""
+    def part_sizes(self, split: str, settings: Settings) -> list[int]:
+        # Chosen once, before the set is handed to worker processes: which content is new depends on all scenes before.
         if self._attempts is None:
             self._attempts = choose_attempts(self.options["seed"], self.options["num_images"])
-        cycle = len(_SPLIT_CYCLE)
-        numbers = (
-            (index, int(attempt))
-            for index, attempt in enumerate(self._attempts)
-            if _SPLIT_CYCLE[index % cycle] == split
-        )
-        make = partial(
-            make_sample,
-            seed=self.options["seed"],
-            size=self.options["image_size"],
-            num_captions=self.options["captions_per_image"],
-        )
-        yield from _map(make, numbers, self.workers)
+        return super().part_sizes(split, settings)
+
+    def samples(self, split: str, start: int, stop: int) -> Iterator[RawSample]:
+        """In the order of the scenes' numbers, which are also their image ids."""
+        numbers = [n for n in range(self.options["num_images"]) if _SPLIT_CYCLE[n % len(_SPLIT_CYCLE)] == split]
+        options = self.options
+        for number in numbers[start:stop]:
+            attempt = int(self._attempts[number])
+            yield make_sample(number, attempt, options["seed"], options["scene_size"], options["captions_per_image"])
 
 
 def _assert_at_least(option: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"{option} {value}: want at least {least}")
-
-
-def _map(make: partial, numbers: Iterable[tuple[int, int]], workers: int) -> Iterator[RawSample]:
-    if workers == 0:
-        yield from map(make, numbers)
-        return
-    # Fresh processes: a fork would copy the locks of whatever threads run in this one.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(make, numbers, chunksize=_CHUNK)
 
 
 def make_scene(seed: int, index: int, attempt: int) -> Scene:
@@ -157,16 +130,16 @@ def choose_attempts(seed: int, num_images: int) -> np.ndarray:
     return attempts
 
 
-def make_sample(numbers: tuple[int, int], seed: int, size: int, num_captions: int) -> RawSample:
+def make_sample(index: int, attempt: int, seed: int, size: int, num_captions: int) -> RawSample:
     """Render and describe one scene.
 
     Args:
-        numbers: of the scene, and of the attempt.
+        index: number of the scene.
+        attempt: number of its attempt.
         seed: of the set.
         size: side in pixels.
         num_captions: how many.
     """
-    index, attempt = numbers
     scene = make_scene(seed, index, attempt)
     image, boxes = render(scene, size, np.random.default_rng((seed, index)))
     words = random.Random(f"{seed} words {index}")
@@ -187,4 +160,4 @@ def make_sample(numbers: tuple[int, int], seed: int, size: int, num_captions: in
         },
         "statements": make_statements(scene, words),
     }
-    return RawSample(f"{index:06d}", image, "jpg", tuple(captions), image_id=index, meta=meta)
+    return RawSample(f"{index:06d}", image, tuple(captions), image_id=index, meta=meta)

@@ -1,4 +1,4 @@
-"""Image-caption pairs: crops, captions, batches and tokenizers."""
+"""Image-caption pairs: crops, captions and batches."""
 
 import io
 from collections.abc import Sequence
@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from emkum.data.augment import Augment, AugmentConfig
 from emkum.data.image_text import ImageTextDataset, ImageTextItem, collate
-from emkum.data.shards import ShardedSamples, ShardWriter
-from emkum.data.tokenizers import Gpt2Tokenizer, copy_tokenizer, encode, load_tokenizer
-from emkum.data.transforms import ImageTransform, center_box, random_box
+from emkum.data.masking import IGNORE, BlockMasking, TextMaskingConfig
+from emkum.data.shard_writing import ShardWriter
+from emkum.data.shards import ShardedSamples
+from emkum.data.tokenizers import SpecialTokens, encode, load_tokenizer
+from emkum.data.transforms import ImageTransform
 from emkum.errors import UserError
 from emkum.prepare.tokenizer import train_sentencepiece
 
@@ -34,9 +36,13 @@ class Words:
 
     vocab_size = 100
     files: Sequence[Path] = ()
+    special = SpecialTokens(bos=0, pad=1, eos=2, unk=3, mask=99)
 
     def pieces(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
+
+    def word_starts(self, ids: Sequence[int]) -> np.ndarray:
+        return np.ones(len(ids), dtype=bool)
 
 
 def gradient(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
@@ -55,7 +61,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> ShardedSamples:
-    """Equal images; captions "10 10", "11 11", ... of image 0, "20 20", ... of image 1."""
+    """Equal images, all with the first id; captions "10 10", "11 11", ... of image 0, "20 20", ... of image 1."""
     directory = tmp_path_factory.mktemp("data") / "train"
     with ShardWriter(directory, samples_per_shard=3) as writer:
         for number in range(SAMPLES):
@@ -80,7 +86,7 @@ def drawn(data: ImageTextDataset, index: int) -> list[int]:
 
 def test_an_item_carries_its_names(samples: ShardedSamples) -> None:
     item = dataset(samples, split="valid")[3]
-    assert (item.id, item.split, item.image_id, item.view, item.teacher_image) == (3, "valid", 101, -1, None)
+    assert (item.id, item.split, item.image_id, item.view, item.teacher_image) == (3, "valid", 100, -1, None)
     assert item.image.shape == (3, 16, 16) and item.image.dtype == torch.uint8
 
 
@@ -171,46 +177,6 @@ def test_evaluation_sees_the_centered_square(samples: ShardedSamples) -> None:
         data.set_epoch(epoch)
         assert torch.equal(data[0].image, whole[:, :, 16:80])
         assert data[0].view == 0
-
-
-@pytest.mark.parametrize(
-    ("size", "box"),
-    [((96, 64), (16, 0, 80, 64)), ((64, 96), (0, 16, 64, 80)), ((50, 50), (0, 0, 50, 50)), ((7, 4), (1.5, 0, 5.5, 4))],
-)
-def test_center_box(size: tuple[int, int], box: tuple[float, ...]) -> None:
-    assert center_box(*size) == box
-
-
-def test_random_boxes_keep_their_limits() -> None:
-    rng = np.random.default_rng(0)
-    areas, aspects = [], []
-    for _ in range(500):
-        left, top, right, bottom = random_box(120, 80, 0.25, rng)
-        assert 0 <= left < right <= 120 and 0 <= top < bottom <= 80
-        areas.append((right - left) * (bottom - top) / (120 * 80))
-        aspects.append((right - left) / (bottom - top))
-    assert 0.24 < min(areas) < 0.3 and max(areas) > 0.85
-    assert 0.74 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.35
-
-
-def test_a_box_that_cannot_be_drawn_is_the_centered_one() -> None:
-    assert random_box(1000, 10, 0.9, np.random.default_rng(0)) == center_box(1000, 10)
-
-
-def test_flip_mirrors_half_of_the_crops() -> None:
-    data = encoded(gradient())
-    plain = ImageTransform(16)(data)
-    transform = ImageTransform(16, flip=True)
-    crops = [transform(data, np.random.default_rng(seed)) for seed in range(100)]
-    mirrored = [torch.equal(crop, plain.flip(-1)) for crop in crops]
-    assert all(flipped or torch.equal(crop, plain) for crop, flipped in zip(crops, mirrored, strict=True))
-    assert 35 < sum(mirrored) < 65
-
-
-@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")])
-def test_every_image_mode_becomes_rgb(mode: str, kind: str) -> None:
-    crop = ImageTransform(8)(encoded(Image.new(mode, (20, 10), 0 if mode == "P" else None), kind))
-    assert crop.shape == (3, 8, 8) and crop.dtype == torch.uint8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -328,6 +294,66 @@ def test_no_items_are_an_empty_batch() -> None:
     assert collate([]) == {}
 
 
+def test_padding_is_told_by_lengths_not_by_ids() -> None:
+    # CLIP's padding is the piece "!" too.
+    batch = collate([item(1, [[5, 0, 6], [5, 0, 0, 6]])], pad=0)
+    assert batch["net_input"]["text"].tolist() == [[5, 0, 6, 0], [5, 0, 0, 6]]
+    assert batch["net_input"]["padding_mask"].tolist() == [[False, False, False, True], [False] * 4]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentation and masks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_changes_the_students_crop_alone(samples: ShardedSamples) -> None:
+    augment = Augment(AugmentConfig(color_jitter=0.8, color_jitter_prob=1.0))
+    for teacher_size in (0, 16, 24):
+        plain = dataset(samples, teacher_size=teacher_size)[1]
+        changed = dataset(samples, teacher_size=teacher_size, augment=augment)[1]
+        assert not torch.equal(plain.image, changed.image)
+        if teacher_size == 24:
+            assert torch.equal(plain.teacher_image, changed.teacher_image)
+        elif teacher_size == 16:
+            # Of the same size as the student's, which does without a second crop unless its own is changed.
+            assert plain.teacher_image is None
+            assert torch.equal(changed.teacher_image, plain.image)
+    assert torch.equal(dataset(samples, augment=Augment(AugmentConfig()))[1].image, dataset(samples)[1].image)
+
+
+def test_masks_belong_to_their_captions_and_images(samples: ShardedSamples) -> None:
+    masking = {"text_masking": TextMaskingConfig(prob=0.5), "patch_masking": BlockMasking((4, 6), 9, min_block=4)}
+    data = dataset(samples, captions_per_image=3, **masking)
+    items = [data[index] for index in range(SAMPLES)]
+    batch = collate(items, num_groups=2)
+    text, inputs, targets = batch["net_input"]["text"], batch["masked_text"], batch["masked_text_targets"]
+    assert inputs.shape == targets.shape == text.shape
+    predicted = targets != IGNORE
+    assert torch.equal(targets[predicted], text[predicted]) and torch.equal(inputs[~predicted], text[~predicted])
+    assert (inputs == Words.special.mask).any() and not predicted[batch["net_input"]["padding_mask"]].any()
+    assert batch["patch_mask"].shape == (SAMPLES, 4, 6) and (batch["patch_mask"].sum((1, 2)) == 9).all()
+    for row, one in enumerate(items):
+        np.testing.assert_array_equal(batch["patch_mask"][row], one.patch_mask)
+
+
+def test_masks_change_nothing_else_and_follow_seed_epoch_and_index(samples: ShardedSamples) -> None:
+    masking = {"text_masking": TextMaskingConfig(prob=0.5), "patch_masking": BlockMasking((4, 6), 9, min_block=4)}
+    plain, masked, again = dataset(samples), dataset(samples, **masking), dataset(samples, **masking)
+    seen = set()
+    for epoch in (1, 2):
+        for data in (plain, masked, again):
+            data.set_epoch(epoch)
+        for index in range(SAMPLES):
+            assert torch.equal(masked[index].image, plain[index].image)
+            assert masked[index].captions == plain[index].captions
+            assert plain[index].masked_captions is None and plain[index].patch_mask is None
+            np.testing.assert_array_equal(masked[index].patch_mask, again[index].patch_mask)
+            for one, two in zip(masked[index].masked_captions, again[index].masked_captions, strict=True):
+                np.testing.assert_array_equal(one.inputs, two.inputs)
+            seen.add(masked[index].patch_mask.tobytes())
+    assert len(seen) == 2 * SAMPLES
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,94 +366,6 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_sentencepiece(iter(SENTENCES), path, 60)
     return path
-
-
-def test_sentencepiece_round_trip(model_file: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(model_file)
-    pieces = tokenizer.pieces("a small red dog runs")
-    assert tokenizer.processor.decode(pieces) == "a small red dog runs"
-    assert min(pieces) > 3 and max(pieces) < tokenizer.vocab_size
-    assert encode(tokenizer, "a small red dog runs", 64) == [0, *pieces, 2]
-    assert load_tokenizer(model_file.parent).pieces("a tan dog") == tokenizer.pieces("a tan dog")
-    renamed = tmp_path / "mine.spm"
-    renamed.write_bytes(model_file.read_bytes())
-    copy_tokenizer(load_tokenizer(renamed), tmp_path / "run" / "tokenizer")
-    assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.model"]
-    copied = load_tokenizer(tmp_path / "run" / "tokenizer")
-    assert copied.pieces("a tan dog") == tokenizer.pieces("a tan dog")
-    copy_tokenizer(copied, tmp_path / "run" / "tokenizer")
-    assert (tmp_path / "run" / "tokenizer" / "tokenizer.model").read_bytes() == model_file.read_bytes()
-
-
-def test_the_text_of_special_tokens_is_no_special_token(model_file: Path) -> None:
-    assert not {0, 1, 2} & set(load_tokenizer(model_file).pieces("<pad> a dog </s> <s>"))
-
-
-def test_other_special_ids_are_refused(tmp_path: Path) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    with pytest.raises(UserError, match=r"ids of <s>, <pad>, </s>, <unk> are \(1, -1, 2, 0\), want \(0, 1, 2, 3\)"):
-        load_tokenizer(tmp_path / "other.model")
-
-
-def test_no_tokenizer_there(tmp_path: Path) -> None:
-    (tmp_path / "encoder.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(
-            UserError, match="no tokenizer at .*tokenizer.model or with encoder.json, vocab.bpe, dict.txt"
-        ):
-            load_tokenizer(path)
-    for content in (b"no model", b""):
-        (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(UserError, match="bad.model is not a SentencePiece model") as caught:
-            load_tokenizer(tmp_path / "bad.model")
-        assert "\n" not in str(caught.value)
-
-
-TEXTS = (
-    "Hello world!",
-    "Two young guys with shaggy hair look at their hands while hanging out in the yard.",
-    "  spaces, CAPITALS and números — naïve 日本 🙂 ",
-    "",
-)
-
-
-@pytest.fixture(scope="module")
-def gpt2(shared_data: Path) -> Gpt2Tokenizer:
-    return load_tokenizer(shared_data / "tokenizers")
-
-
-def test_gpt2_gives_the_ids_of_roberta(gpt2: Gpt2Tokenizer, shared_data: Path) -> None:
-    assert encode(gpt2, "Hello world!", 64) == [0, 31414, 232, 328, 2]
-    pieces = (shared_data / "tokenizers" / "dict.txt").read_text().splitlines()
-    assert gpt2.vocab_size == 4 + len(pieces) + 1, "<s>, <pad>, </s> and <unk> before the pieces, <mask> after them"
-    assert gpt2.dictionary.index("<mask>") == gpt2.vocab_size - 1
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_gpt2_against_fairseq(gpt2: Gpt2Tokenizer, shared_data: Path, text: str) -> None:
-    from fairseq.data import Dictionary
-    from fairseq.data.encoders.gpt2_bpe import GPT2BPE, GPT2BPEConfig
-
-    folder = shared_data / "tokenizers"
-    bpe = GPT2BPE(
-        GPT2BPEConfig(gpt2_encoder_json=str(folder / "encoder.json"), gpt2_vocab_bpe=str(folder / "vocab.bpe"))
-    )
-    dictionary = Dictionary.load(str(folder / "dict.txt"))
-    line = dictionary.encode_line(bpe.encode(text), append_eos=True, add_if_not_exist=False)
-    assert encode(gpt2, text, 512) == [dictionary.bos(), *line.tolist()]
-    assert bpe.decode(dictionary.string(line)) == text
-
-
-def test_gpt2_files_are_copied(gpt2: Gpt2Tokenizer, tmp_path: Path) -> None:
-    copy_tokenizer(gpt2, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dict.txt", "encoder.json", "vocab.bpe"]
-    assert load_tokenizer(tmp_path).pieces(TEXTS[1]) == gpt2.pieces(TEXTS[1])
 
 
 def test_padding_is_masked_for_every_tokenizer(model_file: Path, samples: ShardedSamples) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from emkum.data.shards import INDEX_NAME, ShardedSamples, ShardWriter, available_splits, open_split
+from emkum.data.shard_writing import ShardWriter
+from emkum.data.shards import INDEX_NAME, MANIFEST_NAME, ShardedSamples, available_splits, open_split
 from emkum.errors import UserError
 
 NUM_SAMPLES = 25
@@ -70,23 +71,22 @@ def test_random_access_equals_sequential_tar_reading(samples: ShardedSamples) ->
         assert json.loads(described) == {
             "key": sample.key,
             "captions": list(sample.captions),
-            "image_id": sample.image_id,
             **sample.meta,
         }
 
 
 def test_shards_are_filled_one_after_another(samples: ShardedSamples, tmp_path: Path) -> None:
-    names = ["000000.tar", "000001.tar", "000002.tar", INDEX_NAME]
+    names = ["000000.tar", "000001.tar", "000002.tar", INDEX_NAME, MANIFEST_NAME]
     assert sorted(path.name for path in samples.directory.iterdir()) == names
     exact = write(tmp_path / "exact", range(20))
-    assert sorted(path.name for path in exact.directory.iterdir()) == ["000000.tar", "000001.tar", INDEX_NAME]
+    assert sorted(path.name for path in exact.directory.iterdir()) == names[:2] + names[3:]
 
 
 def test_index_arrays(samples: ShardedSamples) -> None:
-    assert samples.image_ids.dtype == np.int64
     np.testing.assert_array_equal(samples.image_ids, 1000 + np.arange(NUM_SAMPLES) // 2)
     np.testing.assert_array_equal(samples.num_captions, 1 + np.arange(NUM_SAMPLES) % 3)
-    assert torch.from_numpy(samples.image_ids.copy()).dtype == torch.int64
+    lengths = [round(np.mean([len(caption) for caption in _captions(number)])) for number in range(NUM_SAMPLES)]
+    np.testing.assert_array_equal(samples.caption_lengths, lengths)
     with pytest.raises(ValueError, match="read-only"):
         samples.image_ids[0] = 1
 
@@ -94,8 +94,15 @@ def test_index_arrays(samples: ShardedSamples) -> None:
 def test_image_ids_count_up_by_default(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "train") as writer:
         for number in range(3):
-            writer.add(str(number), b"image", "png", ["a"])
+            writer.add(str(number), _image(number), "png", ["a"])
     assert ShardedSamples(tmp_path / "train").image_ids.tolist() == [0, 1, 2]
+
+
+def test_equal_images_have_the_first_ones_id(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train", samples_per_shard=2) as writer:
+        for number, (image, image_id) in enumerate([(b"x", 7), (b"y", None), (b"x", 9), (b"z", 5), (b"y", 3)]):
+            writer.add(str(number), image, "jpg", ["a"], image_id=image_id)
+    assert ShardedSamples(tmp_path / "train").image_ids.tolist() == [7, 1, 7, 5, 1]
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path, folder_bytes) -> None:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import emkum
+from emkum.data.decoding import decode
 from emkum.data.shards import open_split
-from emkum.data.transforms import decode
 from emkum.training_log import parse_line
 
 TEACHER = "test_vit"
@@ -146,3 +146,23 @@ def test_report_compares_runs(command, finished_run, scenes, tmp_path) -> None:
         assert (tmp_path / "report" / name).stat().st_size > 1000
     results = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
     assert set(RECALLS) <= set(results["six updates"])
+
+
+def test_two_folders_in_windows_by_length_with_augmentation(train_by_hand, scenes, tmp_path, run_prepare) -> None:
+    other = tmp_path / "other"
+    run_prepare("scenes", "--out", other, "--num-images", 20, "--seed", 9, "--image-size", 48, "--vocab-size", 0)
+    done = train_by_hand(
+        f"{scenes}:{other}",
+        "--order-by-length",
+        save_dir=tmp_path / "run",
+        order_weights="0.5,2",
+        order_window=4,
+        augment_color_jitter=0.4,
+        max_update=8,
+    )
+    log = done.stdout + done.stderr
+    # Half of 32 images and twice 16 make 6 batches of 8 an epoch; only the first folder is validated on.
+    assert [record["epoch"] for record in records(log, "train_inner")] == [1] * 6 + [2] * 2
+    assert records(log, "valid")[-1]["mean_recall"] > 0
+    folders = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["folders"]
+    assert [Path(folder).name for folder in folders] == ["scenes", "other"]

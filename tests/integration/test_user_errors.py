@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emkum.data.shards import ShardWriter
+from emkum.data.shard_writing import ShardWriter
 
 
 def only_line(done) -> str:
@@ -42,6 +42,8 @@ def test_recipe_mistakes(command, examples, scenes, tmp_path, overrides, named) 
         ({"objectives": "itc,kd_nothing"}, ["kd_nothing", "kd_contrastive"]),
         ({"student_size": "huge"}, ["huge", "tiny", "base"]),
         ({"image_encoder": "resnet"}, ["resnet", "data2vec2", "timm:NAME"]),
+        ({"order_weights": "1,2"}, ["--order-weights", "2 weights for 1"]),
+        ({"augment_rand_augment": "rand-x"}, ["--augment-rand-augment", "rand-m9-mstd0.5-inc1"]),
     ],
 )
 def test_wrong_options_by_hand(train_by_hand, scenes, tmp_path, options, named) -> None:

@@ -75,18 +75,21 @@ def test_all_raw_forms_give_the_same_samples(raw, tmp_path, run_prepare, images,
 
 def test_record_of_what_was_done(raw, tmp_path, run_prepare) -> None:
     (raw / "Images" / "deep" / "1_ab1.jpg").write_bytes(_jpeg(1)[:300])
-    (raw / "Images" / "deep" / "2_ab2.jpg").write_bytes(_jpeg(2, "BMP"))
+    (raw / "Images" / "deep" / "2_ab2.jpg").write_bytes(_jpeg(2, "TIFF"))
     out = tmp_path / "out"
-    run_prepare(*_arguments(raw, out, "Images"), "--vocab-size", 0)
+    with pytest.raises(UserError, match="2 of 3 samples are bad, more than --max-bad-fraction 0.5 allows"):
+        run_prepare(*_arguments(raw, out, "Images"), "--vocab-size", 0, "--max-bad-fraction", 0.5)
+    run_prepare(*_arguments(raw, out, "Images"), "--vocab-size", 0, "--max-bad-fraction", 0.7)
     record = json.loads((out / "prepare.json").read_text())
-    assert record["splits"]["train"] == {"images": 1, "captions": 2, "skipped": 2}
-    assert record["splits"]["test"] == {"images": 1, "captions": 2, "skipped": 0}
+    clean = {"duplicate_images": 0, "duplicate_names": 0, "skipped_captions": 0}
+    assert record["splits"]["train"] == {"images": 1, "captions": 2, "skipped": 2, **clean}
+    assert record["splits"]["test"] == {"images": 1, "captions": 2, "skipped": 0, **clean}
     assert set(record["versions"]) >= {"emkum", "python", "numpy", "pillow", "sentencepiece"}
     assert set(record["sources"]) == {"images", "captions", "split train", "split valid", "split test"}
     assert str(tmp_path) not in json.dumps(record)
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-    assert [(line["split"], line["key"]) for line in skipped] == [("train", "1_ab1.jpg"), ("train", "2_ab2.jpg")]
-    assert "BMP" in skipped[1]["reason"]
+    assert [(line["split"], line["key"]) for line in skipped] == [("train", "1_ab1"), ("train", "2_ab2")]
+    assert "TIFF" in skipped[1]["reason"]
     assert not (out / "tokenizer.model").exists()
 
 
@@ -150,17 +153,17 @@ def _spoil(raw: Path, what: str) -> None:
     ("what", "message"),
     [
         ("no zip", "images.zip is neither a folder nor a zip"),
-        ("no images", "no zip or folder .*images.zip"),
+        ("no images", "no folder, zip or tar .*images.zip"),
         ("no captions file", "cannot read .*captions.txt"),
         ("captions of another kind", "captions.txt, line 1: want the header image,caption"),
         ("line without caption", "captions.txt, line 3"),
-        ("binary captions", "not UTF-8"),
+        ("binary captions", "captions.txt, line 1"),
         ("image without captions", "train.txt: no captions in .* for 2 of its images, the first new.jpg"),
         ("image without file", "train.txt: no file in .* for 2 of its images, the first 1_ab1.jpg"),
         ("image in two splits", "0_ab0.jpg is listed twice: in .*train.txt and in .*dev.txt"),
         ("empty list", "test.txt is empty"),
         ("two files of a name", "two files named 0_ab0.jpg"),
-        ("all images broken", r"split train of flickr8k has no usable image \(3 skipped\)"),
+        ("all images broken", r"split train of flickr8k has no usable sample \(3 skipped, 3 of them: "),
     ],
 )
 def test_mistakes_are_named_in_one_line_and_leave_nothing(raw, tmp_path, run_prepare, what, message) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from emkum.data.shards import ShardSample, available_splits, open_split
 from emkum.data.tokenizers import load_tokenizer
 from emkum.errors import UserError
+from emkum.prepare.raw_set import Settings
 from emkum.prepare.scene_drawing import draw_mask
 from emkum.prepare.scene_facts import (
     BACKGROUND_COLORS,
@@ -47,7 +48,7 @@ def samples(out: Path) -> list[ShardSample]:
 @pytest.fixture(scope="module")
 def many_meta() -> list[dict]:
     """Facts and statements of many scenes, as small images."""
-    return [make_sample((index, 0), seed=11, size=32, num_captions=1).meta for index in range(1500)]
+    return [make_sample(index, 0, seed=11, size=32, num_captions=1).meta for index in range(1500)]
 
 
 def _pixels(sample: ShardSample) -> np.ndarray:
@@ -67,7 +68,14 @@ def test_splits_and_record(out: Path, samples: list[ShardSample]) -> None:
     }
     assert sorted(sample.image_id for sample in samples) == list(range(NUM_IMAGES))
     record = json.loads((out / "prepare.json").read_text())
-    assert record["splits"]["train"] == {"images": 240, "captions": 1200, "skipped": 0}
+    assert record["splits"]["train"] == {
+        "images": 240,
+        "captions": 1200,
+        "duplicate_images": 0,
+        "duplicate_names": 0,
+        "skipped": 0,
+        "skipped_captions": 0,
+    }
     assert record["options"]["seed"] == 3
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
@@ -81,8 +89,9 @@ def test_equal_seeds_give_equal_bytes_with_any_number_of_workers(out, tmp_path, 
 
 def test_more_images_keep_the_first_ones(out: Path) -> None:
     raw = Scenes(20, seed=3)
-    for split in raw.counts:
-        for made, stored in zip(raw.samples(split), open_split(out, split), strict=False):
+    for split, count in raw.counts.items():
+        assert raw.part_sizes(split, Settings()) == [count]
+        for made, stored in zip(raw.samples(split, 0, count), open_split(out, split), strict=False):
             assert (made.key, made.image, made.captions) == (stored.key, stored.image, stored.captions)
 
 
@@ -111,21 +120,40 @@ def test_duplicate_contents_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert [len(scene.objects) for scene in scenes] == [len(make_scene(1, index, 0).objects) for index in range(400)]
 
 
-@pytest.mark.parametrize("option", ["--num-images=9", "--image-size=8", "--captions-per-image=0", "--workers=-1"])
+@pytest.mark.parametrize("option", ["--num-images=9", "--image-size=8", "--captions-per-image=0", "--workers=0"])
 def test_numbers_too_small(option: str, tmp_path: Path, run_prepare) -> None:
-    with pytest.raises(UserError, match=f"{option.partition('=')[0]} .*want at least"):
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]} .*want (at least|1 to)"):
         run_prepare("scenes", "--out", tmp_path / "out", option)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_in_the_middle_leaves_nothing_behind(tmp_path, run_prepare, monkeypatch) -> None:
-    def fail(scene, number, rng):
-        raise RuntimeError("in the middle")
+def test_after_an_error_in_the_middle_the_next_run_goes_on(
+    tmp_path, run_prepare, monkeypatch, out, folder_bytes
+) -> None:
+    words = ["scenes", "--out", tmp_path / "out", "--num-images", NUM_IMAGES, "--seed", 3, "--workers", 1]
 
-    monkeypatch.setattr("emkum.prepare.scenes.describe", fail)
+    def fail(split: str, part: int, folder: Path, settings: Settings) -> None:
+        if split == "test":
+            raise RuntimeError("in the middle")
+        return write(split, part, folder, settings)
+
+    raw = Scenes(NUM_IMAGES, seed=3)
+    write = raw.write_part
+    monkeypatch.setattr(raw, "write_part", fail)
+    monkeypatch.setattr("emkum.prepare.scenes.Scenes", lambda *_: raw)
     with pytest.raises(RuntimeError, match="in the middle"):
-        run_prepare("scenes", "--out", tmp_path / "out", "--num-images", 20)
-    assert list(tmp_path.iterdir()) == []
+        run_prepare(*words)
+    # The folder is not there; what was made waits beside it.
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    monkeypatch.undo()
+    made = []
+    again = Scenes.samples
+    monkeypatch.setattr(
+        Scenes, "samples", lambda self, split, *range_: made.append(split) or again(self, split, *range_)
+    )
+    run_prepare(*words)
+    assert made == ["test"]
+    assert folder_bytes(tmp_path / "out") == folder_bytes(out)
 
 
 # Pixels.
@@ -202,7 +230,7 @@ def test_image_size(tmp_path: Path, run_prepare) -> None:
     run_prepare("scenes", "--out", tmp_path / "out", "--num-images", 10, "--image-size", 96, "--vocab-size", 0)
     sample = open_split(tmp_path / "out", "test")[0]
     assert _pixels(sample).shape == (96, 96, 3)
-    large = make_sample((9, 0), seed=1, size=96, num_captions=1)
+    large = make_sample(9, 0, seed=1, size=96, num_captions=1)
     assert large.image == sample.image
 
 

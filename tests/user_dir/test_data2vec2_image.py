@@ -164,7 +164,7 @@ def test_crops_depend_on_seed_epoch_and_index_alone(scenes):
     def items(seed: int, epoch: int) -> torch.Tensor:
         dataset = ImageDataset(open_split(scenes, "train"), ImageTransform(SIDE, 0.3, flip=True), seed)
         dataset.set_epoch(epoch)
-        return torch.stack([dataset[np.int64(i)].image for i in range(4)])
+        return torch.stack([dataset[np.int64(i)].views[0] for i in range(4)])
 
     assert torch.equal(items(1, 1), items(1, 1))
     assert not torch.equal(items(1, 1), items(1, 2))

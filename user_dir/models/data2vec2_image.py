@@ -13,12 +13,12 @@ from omegaconf import II
 from torch import Tensor
 
 from emkum.errors import UserError
+from emkum.layers.precision import AUTOCAST_HELP, Autocast
 from emkum.models.data2vec2 import IMAGENET_MEAN, IMAGENET_STD, data2vec2_module
 from emkum.options import collect_parts
 
 from ..config import flat_dataclass
 
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _Data2VecMultiModel = data2vec2_module("models.data2vec2").Data2VecMultiModel
 # Raised by fairseq's own call, at every checkpoint.
 warnings.filterwarnings(
@@ -71,10 +71,7 @@ class Data2Vec2Config:
 
 @dataclass
 class _Base(FairseqDataclass):
-    autocast: Optional[str] = field(
-        default=None,
-        metadata={"help": "run the model under torch.autocast: bfloat16 (CPU too) or float16; empty = off"},
-    )
+    autocast: Optional[str] = field(default=None, metadata={"help": AUTOCAST_HELP})
     seed: int = II("common.seed")
     max_update: int = II("optimization.max_update")
 
@@ -91,10 +88,9 @@ class Data2Vec2ImageModel(_Data2VecMultiModel):
     """
 
     def __init__(self, cfg: Any, autocast: str | None = None) -> None:
-        if autocast and autocast not in _AUTOCAST:
-            raise UserError(f"--autocast {autocast!r} is unknown; choose from {', '.join(_AUTOCAST)}")
+        chosen = Autocast(autocast)
         super().__init__(cfg, [cfg.supported_modality])
-        self.autocast_dtype = _AUTOCAST[autocast] if autocast else None
+        self.autocast = chosen
         for name, values in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
 
@@ -110,10 +106,9 @@ class Data2Vec2ImageModel(_Data2VecMultiModel):
             image: (B, 3, S, S) uint8.
             options: those of fairseq's model.
         """
-        dtype = self.autocast_dtype
         # The buffers have the parameters' type, which fairseq may have made a half one.
         normalized = (image.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        with torch.autocast(image.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with self.autocast.context(image.device):
             return super().forward(normalized, **options)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:

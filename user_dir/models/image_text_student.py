@@ -3,13 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 
-from emkum.errors import UserError
 from emkum.layers.attention import choose_attention_kernel
+from emkum.layers.precision import AUTOCAST_HELP, Autocast
 from emkum.models.builders import STUDENT_PARTS, build_student
 from emkum.models.parameter_groups import LearningRateConfig, assign_overrides
 from emkum.models.student import ImageTextStudent
@@ -19,18 +18,13 @@ from emkum.outputs import Batch, ObjectiveOutput, StudentOutput, TeacherOutput
 
 from ..config import flat_dataclass
 
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
 class _ObjectiveChoice(FairseqDataclass):
     objectives: str = field(
         default="itc", metadata={"help": f"objectives, separated by commas: {', '.join(OBJECTIVE_PARTS)}"}
     )
-    autocast: Optional[str] = field(
-        default=None,
-        metadata={"help": "run the student under torch.autocast: bfloat16 (CPU too) or float16; empty = off"},
-    )
+    autocast: Optional[str] = field(default=None, metadata={"help": AUTOCAST_HELP})
 
 
 ImageTextStudentConfig = flat_dataclass(
@@ -49,18 +43,18 @@ class ImageTextStudentModel(BaseFairseqModel):
 
     def __init__(self, student: ImageTextStudent, objectives: nn.ModuleDict, autocast: str | None = None) -> None:
         super().__init__()
-        if autocast and autocast not in _AUTOCAST:
-            raise UserError(f"--autocast {autocast!r} is unknown; choose from {', '.join(_AUTOCAST)}")
         self.student = student
         self.objectives = objectives
-        self.autocast_dtype = _AUTOCAST[autocast] if autocast else None
+        self.autocast = Autocast(autocast)
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "ImageTextStudentModel":
         names = parse_objectives(cfg.objectives)
         if task.target_width is None:
             names = [name for name in names if not needs_teacher([name])]
-        student = build_student(cfg, task.tokenizer.vocab_size, task.target_width, pretrained=task.load_pretrained)
+        student = build_student(
+            cfg, task.tokenizer.vocab_size, task.target_width, task.load_pretrained, task.tokenizer.special.pad
+        )
         model = cls(student, build_objectives(names, cfg, task.target_width), cfg.autocast)
         assign_overrides(model, student, collect_parts({"lr_scale": LearningRateConfig}, cfg)["lr_scale"])
         return model
@@ -80,9 +74,9 @@ class ImageTextStudentModel(BaseFairseqModel):
         Shapes are those of `emkum.data.image_text.collate`; `targets` are the teacher's for the same images.
         """
         # Validation runs in full precision: its figures are those that `emkum evaluate` prints.
-        dtype = self.autocast_dtype if self.training else None
+        dtype = self.autocast.dtype(image.device) if self.training else None
         choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
-        with torch.autocast(image.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with self.autocast.context(image.device, enabled=self.training):
             output = self.student(image, text, padding_mask, groups)
         batch = Batch(image_ids=image_ids, caption_image=caption_image)
         return {name: objective(output, targets, batch) for name, objective in self.objectives.items()}, output

@@ -4,8 +4,9 @@ from typing import Any
 
 from fairseq.tasks import register_task
 
+from emkum.data.augment import Augment, AugmentConfig
 from emkum.data.images import ImageCropConfig, ImageDataset, collate
-from emkum.data.shards import open_split
+from emkum.data.order import OrderConfig
 from emkum.data.transforms import ImageTransform
 from emkum.errors import UserError
 from emkum.options import collect_parts
@@ -14,7 +15,7 @@ from ..config import flat_dataclass
 from ..datasets import EpochDataset
 from ..prepared_data import PreparedDataConfig, PreparedDataTask
 
-TASK_PARTS = {"crop": ImageCropConfig}
+TASK_PARTS = {"crop": ImageCropConfig, "augment": AugmentConfig, "order": OrderConfig}
 
 
 ImagePretrainingConfig = flat_dataclass("ImagePretrainingConfig", TASK_PARTS, base=PreparedDataConfig)
@@ -26,7 +27,8 @@ class ImagePretrainingTask(PreparedDataTask):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.crop = collect_parts(TASK_PARTS, cfg)["crop"]
+        parts = collect_parts(TASK_PARTS, cfg)
+        self.crop, self.augment, self.order = parts["crop"], parts["augment"], parts["order"]
         self.image_size = 0
 
     @classmethod
@@ -40,9 +42,11 @@ class ImagePretrainingTask(PreparedDataTask):
         return super().build_model(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
-        samples = open_split(self.cfg.data, split, require_captions=False)
+        samples = self.open_samples(split, require_captions=False)
         training = split == "train"
         transform = ImageTransform(self.image_size, *((self.crop.min_scale, self.crop.flip) if training else ()))
-        self.datasets[split] = EpochDataset(ImageDataset(samples, transform, self.cfg.seed), collate, training)
+        augment = Augment(self.augment) if training else None
+        dataset = ImageDataset(samples, transform, self.cfg.seed, augment)
+        self.datasets[split] = EpochDataset(dataset, collate, training, self.order)
         if training:
             self.record_run(samples.content_hash())

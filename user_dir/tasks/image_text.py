@@ -9,8 +9,9 @@ from typing import Any, Optional
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 
+from emkum.data.augment import Augment, AugmentConfig
 from emkum.data.image_text import CaptionConfig, ImageTextDataset, collate
-from emkum.data.shards import open_split
+from emkum.data.order import OrderConfig
 from emkum.data.tokenizers import copy_tokenizer, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform
 from emkum.distributed import all_gather_rows, rank
@@ -28,7 +29,13 @@ from ..prepared_data import PreparedDataConfig, PreparedDataTask
 
 logger = logging.getLogger(__name__)
 
-TASK_PARTS = {"crop": CropConfig, "caption": CaptionConfig, "teacher": TeacherConfig}
+TASK_PARTS = {
+    "crop": CropConfig,
+    "augment": AugmentConfig,
+    "caption": CaptionConfig,
+    "order": OrderConfig,
+    "teacher": TeacherConfig,
+}
 
 
 @dataclass
@@ -52,8 +59,9 @@ class ImageTextTask(PreparedDataTask):
     def __init__(self, cfg: Any, load_pretrained: bool = True) -> None:
         super().__init__(cfg)
         parts = collect_parts(TASK_PARTS, cfg)
-        self.crops, self.captions, self.teacher_config = parts["crop"], parts["caption"], parts["teacher"]
-        self.tokenizer = load_tokenizer(self.captions.tokenizer or Path(cfg.data) / "tokenizer.model")
+        self.crops, self.augment, self.captions = parts["crop"], parts["augment"], parts["caption"]
+        self.order, self.teacher_config = parts["order"], parts["teacher"]
+        self.tokenizer = load_tokenizer(self.captions.tokenizer or self.folders[0])
         self.load_pretrained = load_pretrained
         self.teacher = None
         self.image_size = 0
@@ -81,7 +89,7 @@ class ImageTextTask(PreparedDataTask):
         return super().build_model(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
-        samples = open_split(self.cfg.data, split)
+        samples = self.open_samples(split)
         training = split == "train"
         transform = ImageTransform(self.image_size, *((self.crops.min_scale, self.crops.flip) if training else ()))
         dataset = ImageTextDataset(
@@ -94,10 +102,12 @@ class ImageTextTask(PreparedDataTask):
             num_views=self.crops.views,
             teacher_size=0 if self.teacher is None else self.teacher.image_size,
             split=split,
+            augment=Augment(self.augment) if training else None,
         )
         if self.teacher is not None:
             self.teacher.open_split(split, samples.content_hash(), dataset.describe_crops())
-        self.datasets[split] = EpochDataset(dataset, partial(collate, num_groups=self.captions.groups), training)
+        gather = partial(collate, num_groups=self.captions.groups, pad=self.tokenizer.special.pad)
+        self.datasets[split] = EpochDataset(dataset, gather, training, self.order)
         if training:
             self.record_run(samples.content_hash(), teacher=None if self.teacher is None else self.teacher.identity)
             if rank() == 0:
