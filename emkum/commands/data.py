@@ -95,7 +95,7 @@ def find_splits(data_dir: Path) -> dict[str, str]:
     """
     from emkum.data.shards import INDEX_NAME, SPLIT_ORDER
     from emkum.data.tables import TABLE_NAME
-    from emkum.data.text import OFFSETS_NAME
+    from emkum.data.token_blocks import OFFSETS_NAME
 
     markers = {INDEX_NAME: IMAGES, TABLE_NAME: TABLE, OFFSETS_NAME: TOKENS}
 
@@ -271,7 +271,7 @@ def _describe_table(folder: Path, counts: dict[str, Any]) -> list[str]:
 
 
 def _describe_tokens(folder: Path, counts: dict[str, Any]) -> list[str]:
-    from emkum.data.text import TokenBlocks
+    from emkum.data.token_blocks import TokenBlocks
 
     blocks = TokenBlocks(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())

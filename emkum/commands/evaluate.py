@@ -4,12 +4,11 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from emkum.provenance import write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from emkum.checkpoint import ImageTextModel
     from emkum.data.shards import ShardedSamples
 
@@ -41,13 +40,14 @@ class EncodedSplit:
         caption_image: (T,) row of each caption's image.
     """
 
-    images: Tensor
-    texts: Tensor
-    caption_image: Tensor
+    images: "Tensor"
+    texts: "Tensor"
+    caption_image: "Tensor"
 
 
 def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size: int = 128) -> EncodedSplit:
     """Encode every image and every caption of a split, with a progress bar."""
+    import torch
     from tqdm import tqdm
 
     from emkum.data.decoding import decode
@@ -62,6 +62,8 @@ def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size:
 
 
 def run_retrieval(args: argparse.Namespace) -> None:
+    import torch
+
     from emkum.checkpoint import load
     from emkum.data.shards import open_split
     from emkum.evaluation.report import retrieval_table

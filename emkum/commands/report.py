@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from emkum.commands.evaluate import EncodedSplit, encode_split
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
@@ -32,6 +30,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
     from emkum.checkpoint import load
     from emkum.data.shards import open_split
     from emkum.evaluation.figures import loss_curves

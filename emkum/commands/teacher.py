@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from emkum.errors import UserError
 
 
@@ -64,6 +62,7 @@ def run_cache(args: argparse.Namespace) -> None:
 
 def _batches(dataset: Any, views: int, args: argparse.Namespace) -> Iterator[Any]:
     """Crops of every view and sample, one batch a time."""
+    import torch
     from tqdm import tqdm
 
     from emkum.teachers.base import TeacherInput

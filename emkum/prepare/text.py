@@ -102,7 +102,14 @@ def parse_inputs(groups: Sequence[Sequence[str]]) -> dict[str, list[Path]]:
         UserError: one is malformed or given twice, or a file is missing or of another kind.
     """
     splits: dict[str, list[Path]] = {}
-    for first, *more in groups:
+    # A word NAME=FILE begins another split, also behind the files of one.
+    begun: list[list[str]] = []
+    for group in groups:
+        for place, word in enumerate(group):
+            if place == 0 or word.partition("=")[0] in SPLIT_NAMES:
+                begun.append([])
+            begun[-1].append(word)
+    for first, *more in begun:
         name, equals, file = first.partition("=")
         if not equals or not file or name not in SPLIT_NAMES:
             raise UserError(f"--input {first}: want NAME=FILE with NAME one of {', '.join(SPLIT_NAMES)}")
@@ -262,7 +269,7 @@ class TextCorpus(RawSet):
         return [0] * len(self._spans[split])
 
     def write_part(self, split: str, part: int, folder: Path, settings: Settings) -> Written:
-        from emkum.data.text import blocks_of
+        from emkum.data.token_blocks import blocks_of
 
         skipped: list[Skipped] = []
         used = 0
@@ -337,7 +344,7 @@ def _blocks(folder: Path, parts: int) -> Iterator[np.ndarray]:
 
 def _join_blocks(folder: Path, parts: int, vocab_size: int, limit: int) -> dict[str, int]:
     """Write the files of a split beside its parts; at most `limit` blocks (0 = all)."""
-    from emkum.data.text import OFFSETS_NAME, TOKENS_NAME, TokenBlockWriter
+    from emkum.data.token_blocks import OFFSETS_NAME, TOKENS_NAME, TokenBlockWriter
 
     scratch = folder / "joining"
     # What an interrupted run left.

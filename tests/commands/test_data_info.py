@@ -14,7 +14,7 @@ from emkum.cli import build_parser
 from emkum.commands.data import BAR_WIDTH, MOST_BARS, histogram, spread
 from emkum.data.shard_writing import ShardWriter
 from emkum.data.tables import TABLE_NAME, join_rows
-from emkum.data.text import TokenBlockWriter
+from emkum.data.token_blocks import TokenBlockWriter
 from emkum.errors import UserError
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import emkum.prepare.text as text_module
-from emkum.data.text import TokenBlocks, blocks_of
+from emkum.data.token_blocks import TokenBlocks, blocks_of
 from emkum.data.tokenizers import encode, load_tokenizer
 from emkum.errors import UserError
 from emkum.prepare.text import Span, spans_of
