@@ -1,6 +1,6 @@
 """A map-style dataset as fairseq wants it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,12 @@ class EpochDataset(FairseqDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        # The data loader asks for whole batches where a data set gives them.
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]
 
     def __len__(self) -> int:
         return len(self.dataset)

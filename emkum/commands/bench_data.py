@@ -19,8 +19,8 @@ from torch import Tensor
 
 from emkum.commands.data import spread
 from emkum.data.decoding import decode
+from emkum.data.foreign_tars import IMAGE_SUFFIXES
 from emkum.data.image_text import CaptionConfig, ImageTextDataset, ImageTextItem, collate
-from emkum.data.shard_writing import IMAGE_SUFFIXES
 from emkum.data.shards import ShardedSamples, open_split
 from emkum.data.tokenizers import Tokenizer, encode, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform, to_tensor
@@ -104,7 +104,7 @@ def runs(work: Work, workers: Sequence[int], against: Sequence[str]) -> Iterator
     """
     if "webdataset" in against:
         _assert_webdataset(len(work.samples.manifest.names), max(workers))
-    with tempfile.TemporaryDirectory(prefix="emkum-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="emkum-bench-") as folder, _one_thread():
         started = _stages(work)
         files = _extract(work, Path(folder)) if "folder" in against else []
         for count in workers:
@@ -115,6 +115,17 @@ def runs(work: Work, workers: Sequence[int], against: Sequence[str]) -> Iterator
             if "folder" in against:
                 started[f"folder, {suffix}"] = partial(_batches, work, FolderImages(files, work), count)
         yield started
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch uses one thread, as it does in worker processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(started: Mapping[str, Run], seconds: float, rounds: int) -> dict[str, list[float]]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from emkum.data.order import batches_by_length, epoch_order
-from emkum.data.shard_writing import NO_ID, PART_DTYPE, PLAIN_TEXT, SplitParts, join_parts
-from emkum.data.shards import ShardedSamples
+from emkum.data.shard_writing import NO_ID, PART_DTYPE, SplitParts, join_parts
+from emkum.data.shards import PLAIN_TEXT, ShardedSamples
 
 SAMPLES_PER_SHARD = 10_000
 SEED = 1

@@ -161,10 +161,12 @@ class SampleFigures:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """The middles of `count` equal parts of range(length); all of it where it has no more."""
+    """One number out of each of `count` equal parts of range(length), the same ones every time; all of it where it has
+    no more. Drawn, because equal steps would meet the same few classes of a set that goes round its classes."""
     if count >= length:
         return list(range(length))
-    return [int((part + 0.5) * length / count) for part in range(count)]
+    ends = np.arange(count + 1) * length // count
+    return np.random.default_rng(0).integers(ends[:-1], ends[1:]).tolist()
 
 
 def _describe_images(folder: Path, name: str, counts: dict[str, Any], wanted: int) -> tuple[list[str], "Section"]:

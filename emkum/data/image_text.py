@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emkum.data.augment import Augment, augmented_views
+from emkum.data.augment import Augment, augmented_views, generator
 from emkum.data.masking import IGNORE, BlockMasking, MaskedText, TextMaskingConfig, mask_text
 from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
 from emkum.data.tokenizers import PAD, Tokenizer, encode
-from emkum.data.transforms import ImageTransform
+from emkum.data.transforms import ImageTransform, crop_rows, stack_crops
 
 # Streams of randomness of one sample; each derives from (seed, stream, epoch or view, index) alone, so that a resumed
 # or differently sharded run sees the same crops, captions and masks.
@@ -130,40 +130,54 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return (self.epoch - 1) % self.num_views if self.num_views > 0 else -1
 
     def __getitem__(self, index: int) -> ImageTextItem:
-        index = int(index)
-        sample = self.samples[index]
-        image, teacher_image = self.crops(index, sample.image)
-        captions = [encode(self.tokenizer, text, self.max_tokens) for text in self._draw(index, sample.captions)]
-        masked_captions = patch_mask = None
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[ImageTextItem]:
+        """The items of a batch, whose crops are rows of one tensor that `collate` takes as it is.
+
+        Each step is done for all samples before the next one: the processor's caches then hold what a step needs.
+        """
+        numbers = [int(index) for index in indices]
+        samples = [self.samples[number] for number in numbers]
+        rows = crop_rows(len(numbers), self.transform.size) if self.augment is None else [None] * len(numbers)
+        crops = [self.crops(n, sample.image, row) for n, sample, row in zip(numbers, samples, rows, strict=True)]
+        drawn = [self._draw(n, sample.captions) for n, sample in zip(numbers, samples, strict=True)]
+        captions = [[encode(self.tokenizer, text, self.max_tokens) for text in texts] for texts in drawn]
+        view = self.view
+        items = []
+        for number, sample, (image, teacher_image), ids in zip(numbers, samples, crops, captions, strict=True):
+            item = ImageTextItem(number, self.split, sample.image_id, view, image, ids, teacher_image)
+            self._mask(item)
+            items.append(item)
+        return items
+
+    def _mask(self, item: ImageTextItem) -> None:
+        """Add what is masked, where anything is."""
         if self.text_masking is not None:
-            rng = self._generator(_TEXT_MASK_STREAM, index)
-            masked_captions = [mask_text(ids, self.tokenizer, self.text_masking, rng) for ids in captions]
+            rng = self._generator(_TEXT_MASK_STREAM, item.id)
+            masked = [mask_text(ids, self.tokenizer, self.text_masking, rng) for ids in item.captions]
+            item.masked_captions = masked
         if self.patch_masking is not None:
-            patch_mask = self.patch_masking(self._generator(_PATCH_MASK_STREAM, index))
-        return ImageTextItem(
-            id=index,
-            split=self.split,
-            image_id=sample.image_id,
-            view=self.view,
-            image=image,
-            captions=captions,
-            teacher_image=teacher_image,
-            masked_captions=masked_captions,
-            patch_mask=patch_mask,
-        )
+            item.patch_mask = self.patch_masking(self._generator(_PATCH_MASK_STREAM, item.id))
 
     def _generator(self, stream: int, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, stream, self.epoch, index))
+        return generator(self.seed, stream, self.epoch, index)
 
-    def crops(self, index: int, data: bytes) -> tuple[Tensor, Tensor | None]:
-        """This epoch's crop of an encoded image for the student, and for the teacher where its size differs."""
+    def crops(self, index: int, data: bytes, row: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """This epoch's crop of an encoded image for the student, and for the teacher where its size differs.
+
+        Args:
+            index: number of the sample.
+            data: its image.
+            row: (S, S, 3) uint8 to write the student's crop into, unless it is augmented; None = a tensor of its own.
+        """
         crop = self.view if self.view >= 0 else self.epoch
-        rng = np.random.default_rng((self.seed, _CROP_STREAM, crop, index))
+        rng = generator(self.seed, _CROP_STREAM, crop, index)
         # An augmented crop is the student's alone, even where the teacher's is of the same size.
         shared = self.teacher_size == 0 or (self.teacher_size == self.transform.size and self.augment is None)
         sizes = (self.transform.size,) if shared else (self.transform.size, self.teacher_size)
         if self.augment is None:
-            views = self.transform.views(data, sizes, rng)
+            views = self.transform.views(data, sizes, rng, row)
         else:
             views = augmented_views(self.transform, self.augment, data, sizes, rng)
         return views[0], None if shared else views[1]
@@ -181,12 +195,14 @@ class ImageTextDataset(torch.utils.data.Dataset):
         }
 
     def _draw(self, index: int, captions: tuple[str, ...]) -> list[str]:
-        if self.captions_per_image == 0:
+        count = self.captions_per_image
+        if count == 0 or (count == 1 and len(captions) == 1):
             return list(captions)
         rng = self._generator(_CAPTION_STREAM, index)
-        rounds = -(-self.captions_per_image // len(captions))
-        order = np.concatenate([rng.permutation(len(captions)) for _ in range(rounds)])
-        return [captions[i] for i in order[: self.captions_per_image]]
+        order: list[int] = []
+        while len(order) < count:
+            order += rng.permutation(len(captions)).tolist()
+        return [captions[i] for i in order[:count]]
 
 
 def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> dict[str, Any]:
@@ -219,29 +235,60 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> 
     masked = [masked for item in items for masked in item.masked_captions or ()]
     groups = [(len(part), int(part[-1])) for part in np.array_split(lengths, num_groups) if len(part) > 0]
     first = items[0]
+    small = {
+        "id": np.array([item.id for item in items]),
+        "view": np.array([item.view for item in items]),
+        "image_ids": np.array([item.image_id for item in items]),
+        "caption_image": owners[order],
+        "text": _padded(captions, order, padding, pad),
+        "padding_mask": padding,
+    }
+    if masked:
+        small["masked_text"] = _padded([text.inputs for text in masked], order, padding, pad)
+        small["masked_text_targets"] = _padded([text.targets for text in masked], order, padding, IGNORE)
+    if first.patch_mask is not None:
+        small["patch_mask"] = np.stack([item.patch_mask for item in items])
+    tensors = to_tensors(small)
     return {
-        "id": torch.tensor([item.id for item in items]),
+        "id": tensors["id"],
         "split": first.split,
-        "view": torch.tensor([item.view for item in items]),
-        "teacher_image": None if first.teacher_image is None else torch.stack([item.teacher_image for item in items]),
-        "masked_text": _padded([m.inputs for m in masked], order, padding, pad) if masked else None,
-        "masked_text_targets": _padded([m.targets for m in masked], order, padding, IGNORE) if masked else None,
-        "patch_mask": None if first.patch_mask is None else torch.from_numpy(np.stack([i.patch_mask for i in items])),
+        "view": tensors["view"],
+        "teacher_image": None if first.teacher_image is None else stack_crops([item.teacher_image for item in items]),
+        "masked_text": tensors.get("masked_text"),
+        "masked_text_targets": tensors.get("masked_text_targets"),
+        "patch_mask": tensors.get("patch_mask"),
         "net_input": {
-            "image": torch.stack([item.image for item in items]),
-            "text": _padded(captions, order, padding, pad),
-            "padding_mask": torch.from_numpy(padding),
+            "image": stack_crops([item.image for item in items]),
+            "text": tensors["text"],
+            "padding_mask": tensors["padding_mask"],
             "groups": groups,
-            "image_ids": torch.tensor([item.image_id for item in items]),
-            "caption_image": torch.from_numpy(owners[order]),
+            "image_ids": tensors["image_ids"],
+            "caption_image": tensors["caption_image"],
         },
         "nsentences": len(items),
         "ntokens": int(lengths.sum()),
     }
 
 
-def _padded(rows: Sequence[Sequence[int]], order: np.ndarray, padding: np.ndarray, value: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], order: np.ndarray, padding: np.ndarray, value: int) -> np.ndarray:
     """(T, L) int64: the rows in the given order, with `value` where `padding` (T, L) is True."""
     table = np.full(padding.shape, value, dtype=np.int64)
     table[~padding] = np.concatenate([rows[i] for i in order])
-    return torch.from_numpy(table)
+    return table
+
+
+def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays as tensors; in a worker process all in one piece of the memory that it shares.
+
+    A worker hands a piece over by a handshake of half a millisecond, as long as a small image takes to decode.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    ends = np.cumsum([-(-array.nbytes // 8) * 8 for array in arrays.values()])
+    storage = torch.UntypedStorage._new_shared(int(ends[-1]))
+    tensors = {}
+    for (name, array), begin in zip(arrays.items(), [0, *ends[:-1]], strict=True):
+        source = torch.from_numpy(array)
+        place = int(begin) // source.element_size(), source.shape, source.stride()
+        tensors[name] = torch.empty(0, dtype=source.dtype).set_(storage, *place).copy_(source)
+    return tensors

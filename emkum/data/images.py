@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from emkum.data.augment import Augment, MultiCrop, augmented_views
+from emkum.data.augment import Augment, MultiCrop, augmented_views, generator
 from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
-from emkum.data.transforms import ImageTransform
+from emkum.data.transforms import ImageTransform, stack_crops
 
 
 @dataclass
@@ -60,7 +59,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> ImageItem:
-        rng = np.random.default_rng((self.seed, self.epoch, int(index)))
+        rng = generator(self.seed, self.epoch, int(index))
         image = self.samples[int(index)].image
         if isinstance(self.transform, MultiCrop):
             return ImageItem(int(index), self.transform(image, rng))
@@ -79,7 +78,7 @@ def collate(items: list[ImageItem]) -> dict[str, Any]:
     """
     if not items:
         return {}
-    views = [torch.stack(crops) for crops in zip(*(item.views for item in items), strict=True)]
+    views = [stack_crops(list(crops)) for crops in zip(*(item.views for item in items), strict=True)]
     return {
         "id": torch.tensor([item.id for item in items]),
         "net_input": {"image": views[0]},

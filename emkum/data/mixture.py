@@ -3,7 +3,6 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class MixedSamples:
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         sample = self.parts[number][index - self._starts[number]]
-        return replace(sample, image_id=sample.image_id + self._id_starts[number])
+        return sample._replace(image_id=sample.image_id + self._id_starts[number])
 
     @property
     def lengths(self) -> list[int]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from emkum.data.decoding import decode
 
@@ -51,9 +52,40 @@ def random_box(
     return center_box(width, height)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def to_tensor(image: Image.Image, row: Tensor | None = None) -> Tensor:
+    """(3, H, W) uint8, with the channels last in memory as the image has them: whoever needs another order makes it on
+    the device, in the pass that makes floating point of it. Written into `row` (H, W, 3) where there is one."""
+    if row is None:
+        row = torch.from_numpy(np.array(image))
+    else:
+        row.numpy()[...] = np.asarray(image)
+    return row.permute(2, 0, 1)
+
+
+def crop_rows(count: int, size: int) -> Tensor:
+    """(count, size, size, 3) uint8 for the crops of a batch, in a worker process in the memory that it shares.
+
+    Crops that are written where they are to travel need no copy, and no pages of memory that are new to the process.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(count, size, size, 3, dtype=torch.uint8)
+    shape, strides = (count, size, size, 3), (size * size * 3, size * 3, 3, 1)
+    storage = torch.UntypedStorage._new_shared(count * strides[0])
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides)
+
+
+def stack_crops(crops: list[Tensor]) -> Tensor:
+    """(3, S, S) uint8 crops to (B, 3, S, S); without a copy where they are the rows of one `crop_rows`, in order."""
+    rows = crops[0]._base
+    step = crops[0].numel()
+    if (
+        rows is not None
+        and rows.ndim == 4
+        and rows.shape == (len(crops), *crops[0].shape[1:], 3)
+        and all(crop.data_ptr() == rows.data_ptr() + i * step for i, crop in enumerate(crops))
+    ):
+        return rows.permute(0, 3, 1, 2)
+    return default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -87,9 +119,16 @@ class ImageTransform:
         """(3, size, size) uint8 of an encoded image; `rng` is needed where the transform is random."""
         return self.views(data, (self.size,), rng)[0]
 
-    def views(self, data: bytes, sizes: tuple[int, ...], rng: np.random.Generator | None = None) -> list[Tensor]:
-        """The same crop and flip at several sizes, (3, s, s) uint8 each."""
-        return [to_tensor(view) for view in self.crop(decode(data), sizes, rng)]
+    def views(
+        self,
+        data: bytes,
+        sizes: tuple[int, ...],
+        rng: np.random.Generator | None = None,
+        row: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The same crop and flip at several sizes, (3, s, s) uint8 each; the first in `row` where there is one."""
+        first, *others = self.crop(decode(data), sizes, rng)
+        return [to_tensor(first, row), *map(to_tensor, others)]
 
     def crop(
         self, image: Image.Image, sizes: tuple[int, ...], rng: np.random.Generator | None = None

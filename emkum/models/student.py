@@ -25,7 +25,9 @@ class ImageNormalizer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to normalized, in the dtype of the statistics (which follows `model.half()`)."""
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        # Crops come with their channels last in memory.
+        images = images.to(self.mean.dtype, memory_format=torch.contiguous_format)
+        return (images / 255 - self.mean) / self.std
 
 
 class ImageTextStudent(nn.Module):

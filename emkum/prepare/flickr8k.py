@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from emkum.errors import UserError
 from emkum.prepare.common import add_common_arguments, add_set_parser, run_set
 from emkum.prepare.raw_set import ImageSet, RawSample, Skipped
-from emkum.prepare.sources import ImageFiles, assert_disjoint, assert_none, parse_splits, read_error, read_lines
+from emkum.prepare.sources import ImageFiles, assert_disjoint, parse_splits, read_error, read_lines
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -58,7 +58,7 @@ class Flickr8k(ImageSet):
         splits: split name -> file with image names.
 
     Raises:
-        UserError: a file is missing or malformed, an image is listed twice, or lacks its file or captions.
+        UserError: a file is missing or malformed, an image is listed twice, or no image of a split is there.
     """
 
     name = "flickr8k"
@@ -74,13 +74,17 @@ class Flickr8k(ImageSet):
         self._file_of = self._files.by_base_name(name for names in self._names.values() for name in names)
         self.counts = {name: len(names) for name, names in self._names.items()}
         for split, names in self._names.items():
-            assert_none([n for n in names if n not in self._captions], f"{splits[split]}: no captions in {captions}")
-            assert_none([n for n in names if n not in self._file_of], f"{splits[split]}: no file in {images}")
+            for what, there, where in (("captions", self._captions, captions), ("file", self._file_of, images)):
+                if not any(name in there for name in names):
+                    raise UserError(f"{splits[split]}: no {what} in {where} for any of its images, such as {names[0]}")
         assert_disjoint(self._names, splits)
 
     def samples(self, split: str, start: int, stop: int) -> Iterator[RawSample | Skipped]:
         """In the order of the split's list."""
         for name in self._names[split][start:stop]:
+            if name not in self._captions or name not in self._file_of:
+                yield Skipped(name, f"no {'file' if name in self._captions else 'captions'} of this name")
+                continue
             try:
                 image = self._files.read(self._file_of[name])
             except Exception as error:  # zipfile and zlib raise many kinds for broken files
@@ -109,8 +113,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
         else:
             tagged, _, caption = line.partition("\t")
             name, tag, _ = tagged.partition("#")
-            caption = caption if tag else ""
-        if not name or not caption.strip():
+        if not name.strip() or not (rest if is_csv else tag):
             want = "image,caption" if is_csv else "the header image,caption or lines like NAME.jpg#0<TAB>caption"
             raise UserError(f"{path}, line {number}: want {want}")
         captions.setdefault(name.strip(), []).append(caption.strip())

@@ -16,18 +16,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from emkum.data.decoding import BadImage, probe, shrink
+from emkum.data.foreign_tars import TarSample, Unusable, read_foreign, tar_samples
 from emkum.data.shard_writing import (
     NO_ID,
     PART_DTYPE,
     SplitParts,
     TarPart,
-    TarSample,
-    Unusable,
     content_hash,
     join_parts,
     make_record,
-    read_foreign,
-    tar_samples,
 )
 from emkum.data.tables import TABLE_NAME, join_rows
 from emkum.errors import UserError
@@ -279,7 +276,7 @@ class TarSet(RawSet):
 
     def write_part(self, split: str, part: int, folder: Path, settings: Settings) -> Written:
         path = self.folders[split] / self.tars[split][part]
-        records: list[tuple[int, ...]] = []
+        records: dict[str, tuple[int, ...]] = {}
         skipped: list[Skipped] = []
         seen: set[str] = set()
         try:
@@ -296,13 +293,19 @@ class TarSet(RawSet):
                     if sample.key in seen:
                         raise BadImage("an earlier sample of this shard has the same name")
                     seen.add(sample.key)
-                    records.append(_foreign_record(file, sample, part))
+                    records[where] = _foreign_record(file, sample, part)
                 except BadImage as error:
                     skipped.append(Skipped(where, str(error)))
                 if len(records) == settings.limit > 0:
                     break
-        _save_records(folder, part, np.array(records, dtype=PART_DTYPE))
-        return Written(len(records), skipped)
+        found = np.array(list(records.values()), dtype=PART_DTYPE)
+        captioned = found["num_captions"] > 0
+        if captioned.any():
+            # Where some have captions those without would make the split useless for learning from both.
+            skipped += [Skipped(where, "no caption") for where, has in zip(records, captioned, strict=True) if not has]
+            found = found[captioned]
+        _save_records(folder, part, found)
+        return Written(len(found), skipped)
 
     def join(self, root: Path, settings: Settings) -> dict[str, dict[str, int]]:
         parts = {}

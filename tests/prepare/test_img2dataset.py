@@ -216,3 +216,21 @@ def test_tars_that_moved(tmp_path, run_prepare) -> None:
     (tmp_path / "raw" / "00001.tar").unlink()
     with pytest.raises(UserError, match="raw/00001.tar is missing"):
         open_split(tmp_path / "out", "train")
+
+
+def test_samples_without_caption_among_captioned_ones(tmp_path, run_prepare) -> None:
+    bare = [(f"bare{number}.jpg", _image(50 + number)) for number in range(3)]
+    _write_tar(tmp_path / "mixed" / "0.tar", [*_sample(0), bare[0], *_sample(1)])
+    _write_tar(tmp_path / "images" / "0.tar", bare)
+    run_prepare("img2dataset", "--input", tmp_path / "mixed", "--max-bad-fraction", 0.5, "--out", tmp_path / "a")
+    assert [sample.captions for sample in open_split(tmp_path / "a", "train")] == [("Photo 0",), ("Photo 1",)]
+    (line,) = (tmp_path / "a" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line) | {"split": ""} == {
+        "split": "",
+        "key": "0.tar: bare0",
+        "what": "sample",
+        "reason": "no caption",
+    }
+    # Images alone are a set of their own kind.
+    run_prepare("img2dataset", "--input", tmp_path / "images", "--out", tmp_path / "b")
+    assert len(open_split(tmp_path / "b", "train", require_captions=False)) == 3

@@ -107,7 +107,8 @@ class Data2Vec2ImageModel(_Data2VecMultiModel):
             options: those of fairseq's model.
         """
         # The buffers have the parameters' type, which fairseq may have made a half one.
-        normalized = (image.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        image = image.to(self.pixel_mean.dtype, memory_format=torch.contiguous_format)
+        normalized = (image - self.pixel_mean) / self.pixel_std
         with self.autocast.context(image.device):
             return super().forward(normalized, **options)
 
