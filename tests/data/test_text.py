@@ -1,4 +1,4 @@
-"""Blocks of token ids: cutting, files, masks of an epoch, batches."""
+"""Blocks of text: masks of an epoch, batches."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,15 +1,13 @@
-"""Blocks of token ids: cutting, files, masks of an epoch, batches."""
+"""Blocks of token ids: cutting, and their files."""
 
 import pickle
 import tracemalloc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from emkum.data.masking import TextMaskingConfig
-from emkum.data.text import TextDataset
 from emkum.data.token_blocks import OFFSETS_NAME, TOKENS_NAME, TokenBlocks, TokenBlockWriter, blocks_of
 from emkum.data.tokenizers import SpecialTokens
 from emkum.errors import UserError
@@ -18,29 +16,12 @@ SPECIAL = SpecialTokens(bos=0, pad=1, eos=2, unk=3, mask=99)
 BLOCKS = [[0, *range(10, 10 + length), 2] for length in (3, 1, 6, 20, 4)]
 
 
-class Numbers:
-    special = SPECIAL
-    vocab_size = 100
-    files: Mapping[str, Path] = {}
-
-    def pieces(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def word_starts(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        return np.ones(len(ids), dtype=bool)
-
-
 def written(directory: Path, blocks: Sequence[Sequence[int]] = BLOCKS, vocab_size: int = 100) -> TokenBlocks:
     with TokenBlockWriter(directory, vocab_size) as writer:
         for block in blocks:
             writer.add(block)
     assert (writer.num_blocks, writer.num_tokens) == (len(blocks), sum(map(len, blocks)))
     return TokenBlocks(directory)
-
-
-def dataset(tmp_path: Path, masking: TextMaskingConfig | None = None, seed: int = 1) -> TextDataset:
-    folder = tmp_path / "train"
-    return TextDataset(TokenBlocks(folder) if folder.is_dir() else written(folder), Numbers(), masking, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
