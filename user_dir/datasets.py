@@ -7,6 +7,7 @@ import numpy as np
 from fairseq.data import FairseqDataset
 
 from emkum.data.order import OrderConfig, batches_by_length, epoch_order, parse_weights
+from emkum.data.worker_memory import hand_over
 from emkum.distributed import world_size
 from emkum.errors import UserError
 
@@ -35,7 +36,7 @@ class EpochDataset(FairseqDataset):
         order: OrderConfig | None = None,
     ) -> None:
         self.dataset = dataset
-        self.collater = collate
+        self.collate = collate
         self.training = training
         self.order = order or OrderConfig()
         try:
@@ -53,6 +54,9 @@ class EpochDataset(FairseqDataset):
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(indices)
         return [self.dataset[index] for index in indices]
+
+    def collater(self, items: list[Any]) -> Any:
+        return hand_over(self.collate(items))
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -24,6 +24,7 @@ from emkum.data.image_text import CaptionConfig, ImageTextDataset, ImageTextItem
 from emkum.data.shards import ShardedSamples, open_split
 from emkum.data.tokenizers import Tokenizer, encode, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform, to_tensor
+from emkum.data.worker_memory import hand_over
 from emkum.errors import UserError
 
 BARE_LOOP = "bare loop: decode, transform"
@@ -60,7 +61,7 @@ class Work:
 
     def collate(self, items: list[ImageTextItem]) -> dict[str, Any]:
         """As training does."""
-        return collate(items, num_groups=CaptionConfig.groups, pad=self.tokenizer.special.pad)
+        return hand_over(collate(items, num_groups=CaptionConfig.groups, pad=self.tokenizer.special.pad))
 
 
 def open_work(data: Path, split: str, tokenizer: str, image_size: int, batch_size: int, images: int) -> Work:

@@ -9,9 +9,11 @@ import contextlib
 import math
 import random
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -69,13 +71,27 @@ def _check_range(option: str, value: float, highest: float = 1.0) -> None:
         raise UserError(f"{option} is {value}: want a number from 0 to {highest:g}")
 
 
+class _Words(np.random.bit_generator.ISeedSequence):
+    """A seed sequence that is known already."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        assert (n_words, self.words.dtype) == (len(self.words), dtype)
+        return self.words
+
+
 def generator(*key: int) -> np.random.Generator:
-    """NumPy's `default_rng(key)`, made in two thirds of the time.
+    """A generator that a key alone determines, made in a third of the time that `default_rng(key)` takes.
+
+    PCG64 with BLAKE2b, in place of NumPy's seed sequence, to spread the key over its 256 bits of state.
 
     Args:
-        key: non-negative numbers below 2**32.
+        key: integers from 0 to 2**64 - 1. Another number of them is another key.
     """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(np.array(key, dtype=np.uint32))))
+    digest = blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=32).digest()
+    return np.random.Generator(np.random.PCG64(_Words(np.frombuffer(digest, dtype=np.uint64))))
 
 
 @contextlib.contextmanager
@@ -167,6 +183,9 @@ def _rand_augment(text: str) -> Callable[[Image.Image], Image.Image]:
     problem = "no such setting"
     if _RAND_AUGMENT.fullmatch(text):
         transform = rand_augment_transform(text, {"img_mean": tuple(round(255 * x) for x in IMAGENET_DEFAULT_MEAN)})
+        for operation in transform.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
         try:
             with seeded(np.random.default_rng(0)):
                 transform(Image.new("RGB", (8, 8)))
@@ -177,6 +196,13 @@ def _rand_augment(text: str) -> Callable[[Image.Image], Image.Image]:
         f"--augment-rand-augment {text!r}: {problem}: want rand and any of -mMAGNITUDE -nLAYERS -pPROB -mstdSTD "
         "-mmaxMAX -inc0 -inc1 -tweights -t3a -t3aw, such as rand-m9-mstd0.5-inc1"
     )
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's, and black where no bit is left, as it was meant: Pillow now refuses to keep none."""
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, bits) if bits > 0 else Image.new("RGB", image.size)
 
 
 class _Erase:
@@ -245,7 +271,7 @@ class MultiCrop:
         views: list[Tensor] = []
         for kind, transform, count in ((0, self.global_, self.num_global), (1, self.local, self.num_local)):
             for number in range(count):
-                own = np.random.default_rng((seed, kind, number))
+                own = generator(seed, kind, number)
                 (crop,) = transform.crop(image, (transform.size,), own)
                 views.append(self.augments[len(views)](crop, own) if self.augments else to_tensor(crop))
         return views

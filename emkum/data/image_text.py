@@ -13,7 +13,7 @@ from emkum.data.masking import IGNORE, BlockMasking, MaskedText, TextMaskingConf
 from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
 from emkum.data.tokenizers import PAD, Tokenizer, encode
-from emkum.data.transforms import ImageTransform, crop_rows, stack_crops
+from emkum.data.transforms import CropRow, ImageTransform, crop_rows, stack_crops
 
 # Streams of randomness of one sample; each derives from (seed, stream, epoch or view, index) alone, so that a resumed
 # or differently sharded run sees the same crops, captions and masks.
@@ -163,13 +163,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
     def _generator(self, stream: int, index: int) -> np.random.Generator:
         return generator(self.seed, stream, self.epoch, index)
 
-    def crops(self, index: int, data: bytes, row: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def crops(self, index: int, data: bytes, row: CropRow | None = None) -> tuple[Tensor, Tensor | None]:
         """This epoch's crop of an encoded image for the student, and for the teacher where its size differs.
 
         Args:
             index: number of the sample.
             data: its image.
-            row: (S, S, 3) uint8 to write the student's crop into, unless it is augmented; None = a tensor of its own.
+            row: where to write the student's crop, unless it is augmented; None = a tensor of its own.
         """
         crop = self.view if self.view >= 0 else self.epoch
         rng = generator(self.seed, _CROP_STREAM, crop, index)
@@ -199,6 +199,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         if count == 0 or (count == 1 and len(captions) == 1):
             return list(captions)
         rng = self._generator(_CAPTION_STREAM, index)
+        if count == 1:
+            return [captions[int(rng.integers(len(captions)))]]
         order: list[int] = []
         while len(order) < count:
             order += rng.permutation(len(captions)).tolist()
@@ -248,7 +250,7 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> 
         small["masked_text_targets"] = _padded([text.targets for text in masked], order, padding, IGNORE)
     if first.patch_mask is not None:
         small["patch_mask"] = np.stack([item.patch_mask for item in items])
-    tensors = to_tensors(small)
+    tensors = {name: torch.from_numpy(array) for name, array in small.items()}
     return {
         "id": tensors["id"],
         "split": first.split,
@@ -275,20 +277,3 @@ def _padded(rows: Sequence[Sequence[int]], order: np.ndarray, padding: np.ndarra
     table = np.full(padding.shape, value, dtype=np.int64)
     table[~padding] = np.concatenate([rows[i] for i in order])
     return table
-
-
-def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Arrays as tensors; in a worker process all in one piece of the memory that it shares.
-
-    A worker hands a piece over by a handshake of half a millisecond, as long as a small image takes to decode.
-    """
-    if torch.utils.data.get_worker_info() is None:
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    ends = np.cumsum([-(-array.nbytes // 8) * 8 for array in arrays.values()])
-    storage = torch.UntypedStorage._new_shared(int(ends[-1]))
-    tensors = {}
-    for (name, array), begin in zip(arrays.items(), [0, *ends[:-1]], strict=True):
-        source = torch.from_numpy(array)
-        place = int(begin) // source.element_size(), source.shape, source.stride()
-        tensors[name] = torch.empty(0, dtype=source.dtype).set_(storage, *place).copy_(source)
-    return tensors

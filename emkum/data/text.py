@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emkum.data.augment import generator
 from emkum.data.masking import IGNORE, TextMaskingConfig, mask_text
 from emkum.data.token_blocks import TokenBlocks
 from emkum.data.tokenizers import Tokenizer
@@ -75,7 +76,7 @@ class TextDataset(torch.utils.data.Dataset):
             )
         if self.masking is None:
             return TextItem(index, ids)
-        rng = np.random.default_rng((self.seed, _MASK_STREAM, self.epoch, index))
+        rng = generator(self.seed, _MASK_STREAM, self.epoch, index)
         masked = mask_text(ids, self.tokenizer, self.masking, rng)
         return TextItem(index, ids, masked.inputs, masked.targets)
 

@@ -3,6 +3,7 @@ crops travel as uint8."""
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from emkum.data.decoding import decode
+from emkum.data.worker_memory import empty_bytes
 
 
 @dataclass
@@ -43,35 +45,45 @@ def random_box(
     """A random crop (left, top, right, bottom) in pixels: area in [min_scale, max_scale] of the image, aspect ratio
     log-uniform (Inception crop, Szegedy et al. 2015). The centered square where ten tries do not fit."""
     for _ in range(10):
-        area = width * height * rng.uniform(min_scale, max_scale)
-        aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
+        # One call for all four: each costs a microsecond or more, whatever it draws.
+        scale, aspect, left, top = rng.random(4).tolist()
+        area = width * height * (min_scale + (max_scale - min_scale) * scale)
+        aspect = max_aspect ** (2 * aspect - 1)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            left, top = int(left * (width - w + 1)), int(top * (height - h + 1))
             return float(left), float(top), float(left + w), float(top + h)
     return center_box(width, height)
 
 
-def to_tensor(image: Image.Image, row: Tensor | None = None) -> Tensor:
-    """(3, H, W) uint8, with the channels last in memory as the image has them: whoever needs another order makes it on
-    the device, in the pass that makes floating point of it. Written into `row` (H, W, 3) where there is one."""
-    if row is None:
-        row = torch.from_numpy(np.array(image))
-    else:
-        row.numpy()[...] = np.asarray(image)
-    return row.permute(2, 0, 1)
+class CropRow(NamedTuple):
+    """Where a crop of a batch is to be written.
 
-
-def crop_rows(count: int, size: int) -> Tensor:
-    """(count, size, size, 3) uint8 for the crops of a batch, in a worker process in the memory that it shares.
-
-    Crops that are written where they are to travel need no copy, and no pages of memory that are new to the process.
+    Attributes:
+        tensor: (3, S, S) uint8, the channels last in memory.
+        array: (S, S, 3) uint8, the same memory.
     """
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(count, size, size, 3, dtype=torch.uint8)
+
+    tensor: Tensor
+    array: np.ndarray
+
+
+def crop_rows(count: int, size: int) -> list[CropRow]:
+    """Places for the `count` crops of a batch, `size` pixels wide, that need no copy on their way."""
+    memory = empty_bytes(count * size * size * 3)
+    # Not a view: what is made of it is to have it as its base.
     shape, strides = (count, size, size, 3), (size * size * 3, size * 3, 3, 1)
-    storage = torch.UntypedStorage._new_shared(count * strides[0])
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides)
+    rows = torch.empty(0, dtype=torch.uint8).set_(memory.untyped_storage(), memory.storage_offset(), shape, strides)
+    return list(map(CropRow, rows.permute(0, 3, 1, 2).unbind(), rows.numpy()))
+
+
+def to_tensor(image: Image.Image, row: CropRow | None = None) -> Tensor:
+    """(3, H, W) uint8, with the channels last in memory as the image has them: whoever needs another order makes it on
+    the device, in the pass that makes floating point of it. Written into `row` where there is one."""
+    if row is None:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    row.array[...] = np.asarray(image)
+    return row.tensor
 
 
 def stack_crops(crops: list[Tensor]) -> Tensor:
@@ -124,7 +136,7 @@ class ImageTransform:
         data: bytes,
         sizes: tuple[int, ...],
         rng: np.random.Generator | None = None,
-        row: Tensor | None = None,
+        row: CropRow | None = None,
     ) -> list[Tensor]:
         """The same crop and flip at several sizes, (3, s, s) uint8 each; the first in `row` where there is one."""
         first, *others = self.crop(decode(data), sizes, rng)

@@ -90,11 +90,12 @@ def test_crops_are_bit_for_bit_what_they_always_were() -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
         for _ in range(10):
-            area = WIDTH * HEIGHT * rng.uniform(0.3, 1.0)
-            aspect = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+            of_area, of_aspect, of_left, of_top = rng.random(4)
+            area = WIDTH * HEIGHT * (0.3 + 0.7 * of_area)
+            aspect = math.exp(math.log(3 / 4) + of_aspect * (math.log(4 / 3) - math.log(3 / 4)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if w <= WIDTH and h <= HEIGHT:
-                left, top = int(rng.integers(WIDTH - w + 1)), int(rng.integers(HEIGHT - h + 1))
+                left, top = math.floor(of_left * (WIDTH - w + 1)), math.floor(of_top * (HEIGHT - h + 1))
                 break
         image = Image.open(io.BytesIO(data)).convert("RGB")
         image = image.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
@@ -135,9 +136,9 @@ def test_crops_in_rows_are_stacked_without_a_copy() -> None:
     data = encoded(gradient(), "JPEG")
     transform = ImageTransform(16, 0.3)
     rows = crop_rows(3, 16)
-    crops = [transform.views(data, (16,), np.random.default_rng(i), row)[0] for i, row in enumerate(rows.unbind())]
+    crops = [transform.views(data, (16,), np.random.default_rng(i), row)[0] for i, row in enumerate(rows)]
     batch = stack_crops(crops)
-    assert batch.shape == (3, 3, 16, 16) and batch.data_ptr() == rows.data_ptr()
+    assert batch.shape == (3, 3, 16, 16) and batch.data_ptr() == rows[0].tensor.data_ptr()
     for i, crop in enumerate(crops):
         assert torch.equal(crop, transform(data, np.random.default_rng(i))) and torch.equal(batch[i], crop)
 
@@ -149,7 +150,7 @@ def test_crops_that_are_not_the_rows_in_order_are_copied(order: list[int]) -> No
     views = [ImageTransform(16, 0.3).views(data, (16,), np.random.default_rng(i), row) for i, row in enumerate(rows)]
     crops = [views[i][0] for i in order]
     batch = stack_crops(crops)
-    assert batch.data_ptr() != rows.data_ptr()
+    assert batch.data_ptr() != rows[0].tensor.data_ptr()
     for got, crop in zip(batch, crops, strict=True):
         assert torch.equal(got, crop)
 
