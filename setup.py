@@ -32,7 +32,7 @@ REQUIREMENTS = [
 # No extra for apex: the PyPI package of that name is an unrelated project. NVIDIA's apex is an optional accelerator
 # that fairseq detects by itself where it is installed.
 EXTRAS = {
-    # The tokenizers are compared with transformers and open_clip; webdataset writes tars that are read.
+    # Tokenizers and teachers are compared with transformers and open_clip; webdataset writes tars that are read.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -44,9 +44,15 @@ EXTRAS = {
     ],
     # Captions and texts in Parquet files.
     "parquet": ["pyarrow"],
+    # Teachers of open_clip.
+    "openclip": ["open_clip_torch>=3.3"],
     "fsdp": ["fairscale"],
     "hub": ["huggingface_hub"],
 }
+
+# For the tests alone, and without its dependencies, whose pins contradict those above: BEiT-3's own source, which the
+# one here is compared with. `examples/setup.sh` reads this line.
+WITHOUT_DEPENDENCIES = ["torchscale==0.3.0"]
 
 setup(
     name="emkum",

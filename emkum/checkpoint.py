@@ -101,6 +101,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
+def model_name(state: Any) -> str | None:
+    """What kind of model a checkpoint's content is of; None where it does not say."""
+    options = state.get("cfg") if isinstance(state, dict) else None
+    model = options.get("model") if isinstance(options, dict) else None
+    return model.get("_name") if isinstance(model, dict) else None
+
+
 def load(checkpoint: str | Path, device: str = "cpu") -> ImageTextModel:
     """Load a student from a training checkpoint or a run's folder.
 
@@ -111,11 +118,10 @@ def load(checkpoint: str | Path, device: str = "cpu") -> ImageTextModel:
     """
     path = find_checkpoint(checkpoint)
     state = read_checkpoint(path)
-    options = state.get("cfg") if isinstance(state, dict) else None
-    name = (options or {}).get("model", {}).get("_name") if isinstance(options, dict) else None
+    name = model_name(state)
     if name != MODEL:
         raise UserError(f"{path} is a checkpoint of {name or 'an unknown kind'}, not of {MODEL}")
-    model_options, task_options = options["model"], options["task"]
+    model_options, task_options = state["cfg"]["model"], state["cfg"]["task"]
     tokenizer = load_tokenizer(_tokenizer_path(path, task_options))
     pad = tokenizer.special.pad
     student = build_student(model_options, tokenizer.vocab_size, None, pretrained=False, pad_index=pad)

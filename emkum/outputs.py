@@ -44,18 +44,32 @@ class StudentOutput:
 
 @dataclass
 class TeacherOutput:
-    """A frozen teacher's targets for B images.
+    """A frozen teacher's targets for B images and T captions; for a teacher of text alone, B counts texts.
 
     Attributes:
-        features: (B, D_t) global feature.
-        patches: (B, N_t, D_p) patch features, None where the teacher has none or they were not asked for; D_p is D_t
-            unless the global feature is pooled from patches in more than one way.
+        features: (B, D_t) global feature, which images are to predict.
+        text_features: (T, D_t) what captions are to predict; None = the feature of their image.
+        patches: (B, N_t, D_p) features of patches (of tokens for a teacher of text alone, special ones included), None
+            where the teacher has none; D_p is D_t unless the global feature is pooled from patches in more than one
+            way.
         logits: (B, C), None where there are none.
+        layers: of every block (B, N, D), special tokens first; None where they were not asked for. A convolutional
+            teacher's stages differ in N and D.
     """
 
     features: Tensor
+    text_features: Tensor | None = None
     patches: Tensor | None = None
     logits: Tensor | None = None
+    layers: tuple[Tensor, ...] | None = None
+
+    def of_captions(self, caption_image: Tensor) -> Tensor:
+        """(T, D_t), what each caption is to predict.
+
+        Args:
+            caption_image: (T,) int64, for each caption the row of its image.
+        """
+        return self.features[caption_image] if self.text_features is None else self.text_features
 
 
 @dataclass

@@ -127,7 +127,7 @@ _emkum_create() {
 
 # Installs into $1/.venv, then proves that what is hardest to fit together can be imported.
 _emkum_fill() {
-    local root="$1" version
+    local root="$1" version alone
     version="$(_emkum_venv_version "$root")"
     case "$version" in
         3.12.*) ;;
@@ -136,6 +136,8 @@ _emkum_fill() {
     esac
     _emkum_say "installing the requirements into .venv (the first time takes minutes and about 5 GB)"
     _emkum_pip "$root" -e "$root[test]" || return 1
+    alone="$(grep -oE 'torchscale==[0-9.]+' "$root/setup.py" | head -n 1)" || true
+    if [ -n "$alone" ]; then _emkum_pip "$root" --no-deps "$alone" || return 1; fi
     "$root/.venv/bin/python" -W ignore -c 'import fairseq, timm, torchaudio, torchvision' \
         >>"$root/.venv/emkum-setup.log" 2>&1 </dev/null \
         || _emkum_fail "the packages in $root/.venv do not work together; see $root/.venv/emkum-setup.log"

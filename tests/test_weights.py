@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emkum.errors import UserError
-from emkum.weights import HUB, fingerprint, read_checkpoint, timm_model
+from emkum.weights import HUB, fingerprint, load_strictly, official_state, read_checkpoint, timm_model
 
 NAME = "test_resnet"
 
@@ -116,7 +116,7 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     _, path = resnet_file(tmp_path)
     message = one_line(lambda: timm_model("test_efficientnet", str(path)))
     assert f"{path} does not hold the weights of timm's test_efficientnet: " in message
-    assert len(message) < 500
+    assert len(message) < 900
     listing = tmp_path / "list.pt"
     torch.save([torch.ones(2)], listing)
     assert f"{listing} does not hold the weights" in one_line(lambda: timm_model(NAME, str(listing)))
@@ -200,3 +200,117 @@ def test_fingerprint_sees_names_shapes_types_and_values() -> None:
         altered(Parts(), lambda module: setattr(module, "saved", torch.zeros(2, dtype=torch.float64))),
     ]
     assert len({plain, *map(fingerprint, others)}) == 1 + len(others)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Strict loading, and official files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_load_strictly_lists_all_that_differs() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    state = module.state_dict()
+    assert load_strictly(module, state, "file") == []
+    wrong = {
+        "0.weight": torch.zeros(3, 2),
+        "0.bias": torch.zeros(4),
+        "1.weight": state["1.weight"],
+        "2.w": torch.ones(1),
+    }
+    message = one_line(lambda: load_strictly(module, wrong, "a/file.pt", what="the model"))
+    assert (
+        "a/file.pt does not fit the model; missing: 1.bias; unexpected: 2.w; of another shape: 0.bias (4,)" in message
+    )
+    before = module[1].bias.clone()
+    assert load_strictly(module, wrong | {"0.bias": torch.ones(3)}, "f", allowed="1.b*, 2.w") == ["1.bias", "2.w"]
+    assert torch.equal(module[0].bias, torch.ones(3)) and torch.equal(module[1].bias, before)
+    # A wrong shape is never allowed.
+    assert "of another shape" in one_line(lambda: load_strictly(module, wrong, "f", allowed="*"))
+
+
+def test_long_lists_are_shortened() -> None:
+    message = one_line(lambda: load_strictly(nn.Linear(1, 1), {f"n{i:02}": torch.ones(1) for i in range(30)}, "f"))
+    assert "n07 and 22 more" in message and "n08" not in message
+
+
+def test_parameters_that_may_be_missing(tmp_path: Path) -> None:
+    model, _ = resnet_file(tmp_path)
+    state = {name: value for name, value in model.state_dict().items() if name != "bn1.weight"}
+    torch.save(state | {"ema.decay": torch.ones(1)}, tmp_path / "part.pt")
+    message = one_line(lambda: timm_model(NAME, str(tmp_path / "part.pt")))
+    assert "Missing key(s) in state_dict: bn1.weight" in message
+    assert "Unexpected key(s) in state_dict: ema.decay" in message
+    assert "bn1.weight" in one_line(lambda: timm_model(NAME, str(tmp_path / "part.pt"), allowed="ema.*"))
+    loaded = timm_model(NAME, str(tmp_path / "part.pt"), allowed="ema.*,bn1.weight").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def altered(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", ["backbone alone", "full checkpoint", "several devices"])
+def test_official_dino_files(tmp_path: Path, form: str) -> None:
+    name = "vit_tiny_patch16_224"
+    model = altered(timm.create_model(name, img_size=32, num_classes=0))
+    state = model.state_dict()
+    if form == "full checkpoint":
+        state = {
+            "student": {f"module.backbone.{key}": torch.zeros_like(value) for key, value in state.items()},
+            "teacher": {f"backbone.{key}": value for key, value in state.items()}
+            | {"head.mlp.0.weight": torch.ones(2), "head.last_layer.weight_g": torch.ones(2)},
+            "epoch": 100,
+            "args": argparse.Namespace(arch="vit_tiny"),
+        }
+    elif form == "several devices":
+        state = {"state_dict": {f"module.{key}": value for key, value in state.items()}}
+    torch.save(state, tmp_path / "dino.pth")
+    loaded = timm_model(name, str(tmp_path / "dino.pth"), img_size=32)
+    assert loaded.num_classes == 0
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0, atol=1e-6)
+
+
+def test_official_file_of_beit_pretraining(tmp_path: Path) -> None:
+    """Relative positions that all blocks share, a norm of the CLS token, heads that predict visual tokens."""
+    options = {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2}
+    shared = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+    model = timm.models.beit.Beit(
+        **options, **shared, num_classes=0, global_pool="token", use_abs_pos_emb=False, init_values=0.1
+    )
+    state = altered(model).state_dict()
+    extra = {
+        "mask_token": torch.ones(1, 1, 64),
+        "lm_head.weight": torch.ones(8, 64),
+        "lm_head.bias": torch.ones(8),
+        "cls_pt_layers.0.gamma_1": torch.ones(64),
+        "rel_pos_bias.relative_position_index": torch.zeros(5, 5, dtype=torch.int64),
+    }
+    torch.save({"model": state | extra, "epoch": 1}, tmp_path / "beitv2_pt1k.pth")
+    loaded = timm_model("beitv2_base_patch16_224", str(tmp_path / "beitv2_pt1k.pth"), **options)
+    assert loaded.num_classes == 0
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0, atol=1e-5)
+    assert loaded(images).shape == (2, 64)
+
+
+def test_official_file_of_a_fine_tuned_beit(tmp_path: Path) -> None:
+    options = {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2}
+    model = altered(timm.create_model("beitv2_base_patch16_224", **options))
+    index = {f"blocks.{i}.attn.relative_position_index": torch.zeros(5, 5, dtype=torch.int64) for i in range(2)}
+    torch.save({"module": model.state_dict() | index}, tmp_path / "ft1k.pth")
+    loaded = timm_model("beitv2_base_patch16_224", str(tmp_path / "ft1k.pth"), **options).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=1e-6)
+    assert loaded(images).shape == (2, 1000)
+
+
+def test_state_of_nothing() -> None:
+    assert official_state([1]) == official_state({}) == official_state({"model": 3}) == {}

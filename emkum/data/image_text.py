@@ -52,6 +52,7 @@ class ImageTextItem:
         captions: token ids, special tokens included.
         teacher_image: (3, S_t, S_t) uint8, the same crop without augmentation at the teacher's size; None where the
             teacher takes `image`.
+        teacher_captions: the captions by the teacher's own tokenizer; None where it reads none.
         masked_captions: of each caption, the ids with some masked and what is to be predicted; None without masking.
         patch_mask: (H, W) bool, True where a patch is masked; None without masking.
     """
@@ -63,6 +64,7 @@ class ImageTextItem:
     image: Tensor
     captions: list[list[int]]
     teacher_image: Tensor | None = None
+    teacher_captions: list[list[int]] | None = None
     masked_captions: list[MaskedText] | None = None
     patch_mask: np.ndarray | None = None
 
@@ -81,6 +83,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         num_views: crops repeat after this many epochs, so that cached teacher targets of exactly these crops can be
             used; 0 = a new crop each epoch.
         teacher_size: side of a second copy of the crop in pixels; 0 = none.
+        teacher_tokenizer, teacher_max_tokens: by which a teacher reads the captions, too; None = it does not.
         split: name, carried along in each item.
         augment: what changes the student's crop alone; None = nothing.
         text_masking, patch_masking: masks to draw for each caption and image; None = none.
@@ -100,6 +103,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         augment: Augment | None = None,
         text_masking: TextMaskingConfig | None = None,
         patch_masking: BlockMasking | None = None,
+        teacher_tokenizer: Tokenizer | None = None,
+        teacher_max_tokens: int = 0,
     ) -> None:
         self.samples = samples
         self.split = split
@@ -113,6 +118,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.augment = augment if augment is not None and augment.active else None
         self.text_masking = text_masking
         self.patch_masking = patch_masking
+        self.teacher_tokenizer = teacher_tokenizer
+        self.teacher_max_tokens = teacher_max_tokens
         self.epoch = 1
 
     def __len__(self) -> int:
@@ -145,8 +152,13 @@ class ImageTextDataset(torch.utils.data.Dataset):
         captions = [[encode(self.tokenizer, text, self.max_tokens) for text in texts] for texts in drawn]
         view = self.view
         items = []
-        for number, sample, (image, teacher_image), ids in zip(numbers, samples, crops, captions, strict=True):
+        for number, sample, (image, teacher_image), texts, ids in zip(
+            numbers, samples, crops, drawn, captions, strict=True
+        ):
             item = ImageTextItem(number, self.split, sample.image_id, view, image, ids, teacher_image)
+            if self.teacher_tokenizer is not None:
+                limit = self.teacher_max_tokens
+                item.teacher_captions = [encode(self.teacher_tokenizer, text, limit) for text in texts]
             self._mask(item)
             items.append(item)
         return items
@@ -207,7 +219,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return [captions[i] for i in order[:count]]
 
 
-def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> dict[str, Any]:
+def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, teacher_pad: int = PAD) -> dict[str, Any]:
     """Stack items to a batch of B images and T captions.
 
     Captions are ordered by length and cut into groups that a student can run each at its own length; the padding of
@@ -217,9 +229,11 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> 
         items: what the dataset returned.
         num_groups: groups of about equal numbers of captions.
         pad: id at padding.
+        teacher_pad: the same by the teacher's tokenizer.
 
     Returns:
         id, view: (B,) int64. split: name of the split. teacher_image: (B, 3, S_t, S_t) uint8 or None.
+        teacher_text: (T, L_t) int64, teacher_padding_mask: (T, L_t) bool, or None both.
         net_input: image (B, 3, S, S) uint8; text (T, L) int64; padding_mask (T, L) bool, True at padding; groups
         [(captions, length), ...]; image_ids (B,) int64; caption_image (T,) int64, the row of each caption's image.
         masked_text, masked_text_targets: (T, L) int64 or None, with IGNORE where nothing is to be predicted.
@@ -248,6 +262,12 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> 
     if masked:
         small["masked_text"] = _padded([text.inputs for text in masked], order, padding, pad)
         small["masked_text_targets"] = _padded([text.targets for text in masked], order, padding, IGNORE)
+    if first.teacher_captions is not None:
+        teacher_captions = [caption for item in items for caption in item.teacher_captions]
+        teacher_lengths = np.array([len(teacher_captions[i]) for i in order])
+        hidden = np.arange(int(teacher_lengths.max())) >= teacher_lengths[:, None]
+        small["teacher_text"] = _padded(teacher_captions, order, hidden, teacher_pad)
+        small["teacher_padding_mask"] = hidden
     if first.patch_mask is not None:
         small["patch_mask"] = np.stack([item.patch_mask for item in items])
     tensors = {name: torch.from_numpy(array) for name, array in small.items()}
@@ -256,6 +276,8 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD) -> 
         "split": first.split,
         "view": tensors["view"],
         "teacher_image": None if first.teacher_image is None else stack_crops([item.teacher_image for item in items]),
+        "teacher_text": tensors.get("teacher_text"),
+        "teacher_padding_mask": tensors.get("teacher_padding_mask"),
         "masked_text": tensors.get("masked_text"),
         "masked_text_targets": tensors.get("masked_text_targets"),
         "patch_mask": tensors.get("patch_mask"),

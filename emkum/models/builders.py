@@ -12,17 +12,11 @@ from emkum.layers.token_types import TokenTypes
 from emkum.models.data2vec2 import (
     Data2Vec2ImageEncoder,
     Data2Vec2TextEncoder,
-    image_encoder_from_checkpoint,
     load_data2vec2_weights,
 )
 from emkum.models.student import ImageTextStudent
 from emkum.models.timm_encoder import TimmImageEncoder
 from emkum.options import collect_parts
-from emkum.teachers.base import Teacher
-from emkum.teachers.cached import CachedTeacher
-from emkum.teachers.encoder_teacher import encoder_teacher
-from emkum.teachers.timm_teacher import timm_teacher
-from emkum.weights import HUB
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def build_student(
     Args:
         options: flat options, a mapping or an object with attributes.
         vocab_size: rows of the token embedding.
-        target_width: width of the teacher's target; None = no distillation head.
+        target_width: width of the teacher's target; 0 = the student's own; None = no distillation head.
         pretrained: read the encoders' pretrained weights; False where a checkpoint of the whole student follows.
         pad_index: id of padding; 1 in fairseq's dictionary.
 
@@ -134,7 +128,7 @@ def build_student(
         image_projection=nn.Identity(),
         text_projection=_projection(text_encoder.width, width),
         token_types=None if place is None else TokenTypes(width, layer_scale if layer_scale > 0 else None),
-        distillation_head=None if target_width is None else _distillation_head(width, target_width),
+        distillation_head=None if target_width is None else _distillation_head(width, target_width or width),
     )
 
 
@@ -198,22 +192,3 @@ def _build_text_encoder(
     if config.weights and pretrained:
         load_data2vec2_weights(encoder, config.weights)
     return encoder
-
-
-def build_teacher(spec: str, weights: str = HUB, image_size: int = 0) -> Teacher:
-    """Build a teacher from its name.
-
-    Args:
-        spec: `timm:NAME`, `data2vec2:FILE` (an image checkpoint), or `cached:DIR`.
-        weights: for timm, a local file or `hub`.
-        image_size: side of the teacher's crops in pixels; 0 = its own.
-    """
-    kind, _, rest = spec.partition(":")
-    if kind == "timm" and rest:
-        return timm_teacher(rest, weights, image_size)
-    if kind == "data2vec2" and rest:
-        encoder = image_encoder_from_checkpoint(rest, input_size=image_size or None)
-        return encoder_teacher(encoder, {"teacher": "data2vec2"})
-    if kind == "cached" and rest:
-        return CachedTeacher(rest)
-    raise UserError(f"--teacher {spec!r} is unknown; choose timm:NAME, data2vec2:FILE or cached:DIR")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from emkum.errors import UserError
 from emkum.outputs import Encoded
-from emkum.weights import read_checkpoint
+from emkum.weights import load_strictly, read_checkpoint
 
 PACKAGE = "fairseq.examples.data2vec"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -390,10 +390,19 @@ class Data2Vec2TextEncoder(_Data2Vec2Encoder):
         Raises:
             ValueError: L exceeds `max_positions`.
         """
+        return Encoded(self._last(self._embed(tokens), padding_mask), padding_mask)
+
+    def hidden_states(
+        self, tokens: Tensor, padding_mask: Tensor | None = None, end_of_block: bool = False
+    ) -> list[Tensor]:
+        """(T, L, D) of every kept block; arguments as of `forward`, `end_of_block` as of the image encoder's."""
+        blocks = self._run(self._embed(tokens), padding_mask)
+        return [output if end_of_block else target for output, target in blocks]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.max_positions:
             raise ValueError(f"{tokens.shape[1]} tokens exceed the {self.max_positions} positions of the text encoder")
-        x = self.modality_encoders[self.modality].local_features(tokens)
-        return Encoded(self._last(x, padding_mask), padding_mask)
+        return self.modality_encoders[self.modality].local_features(tokens)
 
 
 def _kept_blocks(prenet_depth: int, depth: int, num_layers: int | None) -> tuple[int, int]:
@@ -492,7 +501,7 @@ def encoder_arguments_from_checkpoint(path: str | Path, modality: str) -> dict[s
 
 
 def image_encoder_from_checkpoint(
-    path: str | Path, input_size: int | None = None, num_layers: int | None = None
+    path: str | Path, input_size: int | None = None, num_layers: int | None = None, allowed: str = ""
 ) -> Data2Vec2ImageEncoder:
     """Build the image encoder that a checkpoint holds, and load it.
 
@@ -500,6 +509,7 @@ def image_encoder_from_checkpoint(
         path: see `load_data2vec2_weights`.
         input_size: side of the input in pixels; None = as in pretraining.
         num_layers: keep only the first so many blocks; None = all.
+        allowed: see `emkum.weights.load_strictly`.
 
     Raises:
         UserError: see `load_data2vec2_weights`; or there are fewer blocks than `num_layers`.
@@ -510,27 +520,47 @@ def image_encoder_from_checkpoint(
         arguments["input_size"] = input_size
     _check_layers(arguments, num_layers, path)
     encoder = Data2Vec2ImageEncoder(**arguments, num_layers=num_layers)
-    _load_state(encoder, state, path)
+    _load_state(encoder, state, path, allowed)
     return encoder
 
 
-def text_encoder_from_checkpoint(path: str | Path, num_layers: int | None = None) -> Data2Vec2TextEncoder:
+def text_encoder_from_checkpoint(
+    path: str | Path, num_layers: int | None = None, allowed: str = ""
+) -> Data2Vec2TextEncoder:
     """Build the text encoder that a checkpoint holds, and load it. Arguments and errors as for images."""
     state, options = _read(path, "TEXT")
     arguments = _arguments(state, options, "TEXT", path)
     _check_layers(arguments, num_layers, path)
     encoder = Data2Vec2TextEncoder(**arguments, num_layers=num_layers)
-    _load_state(encoder, state, path)
+    _load_state(encoder, state, path, allowed)
     return encoder
+
+
+def encoder_from_checkpoint(
+    path: str | Path, input_size: int | None = None, allowed: str = ""
+) -> Data2Vec2ImageEncoder | Data2Vec2TextEncoder:
+    """Build the encoder that a checkpoint holds, of images where it holds both; see `image_encoder_from_checkpoint`."""
+    if "IMAGE" in _modalities(_parameters(read_checkpoint(path))):
+        return image_encoder_from_checkpoint(path, input_size, allowed=allowed)
+    return text_encoder_from_checkpoint(path, allowed=allowed)
+
+
+def _parameters(checkpoint: Any) -> Mapping[str, Any]:
+    content = checkpoint if isinstance(checkpoint, Mapping) else {}
+    state = content.get("model", content)
+    return state if isinstance(state, Mapping) else {}
+
+
+def _modalities(state: Mapping[str, Any]) -> list[str]:
+    return sorted({name.split(".")[1] for name in state if str(name).startswith("modality_encoders.")})
 
 
 def _read(path: str | Path, modality: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Parameters, and the model's options where the file has them."""
     checkpoint = read_checkpoint(path)
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
-    state = content.get("model", content)
-    names = state if isinstance(state, Mapping) else {}
-    found = sorted({name.split(".")[1] for name in names if str(name).startswith("modality_encoders.")})
+    state = _parameters(checkpoint)
+    found = _modalities(state)
     if not found:
         raise UserError(f"{path} is not a Data2Vec 2 checkpoint: it has no parameters modality_encoders.*")
     if modality not in found:
@@ -616,24 +646,12 @@ def _check_layers(arguments: Mapping[str, Any], num_layers: int | None, path: st
         raise UserError(f"{path} has {total} blocks; {num_layers} cannot be kept")
 
 
-def _load_state(encoder: _Data2Vec2Encoder, state: Mapping[str, Tensor], path: str | Path) -> None:
+def _load_state(encoder: _Data2Vec2Encoder, state: Mapping[str, Tensor], path: str | Path, allowed: str = "") -> None:
     own = encoder.state_dict()
     used = {name: value for name, value in state.items() if not _is_left_out(name, encoder)}
     if POSITIONS in own and POSITIONS in used and used[POSITIONS].shape != own[POSITIONS].shape:
         used[POSITIONS] = own[POSITIONS]
-    problems = {
-        "missing": sorted(own.keys() - used.keys()),
-        "unexpected": sorted(used.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(used[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in sorted(own.keys() & used.keys())
-            if used[name].shape != own[name].shape
-        ],
-    }
-    if any(problems.values()):
-        listing = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{path} does not fit the {encoder.modality} encoder; {listing}")
-    encoder.load_state_dict(used)
+    load_strictly(encoder, used, path, allowed, f"the {encoder.modality} encoder")
 
 
 def _is_left_out(name: str, encoder: _Data2Vec2Encoder) -> bool:

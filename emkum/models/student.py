@@ -64,11 +64,15 @@ class ImageTextStudent(nn.Module):
         self.token_types = token_types
         self.distillation_head = distillation_head
         self.normalize = ImageNormalizer(image_encoder.mean, image_encoder.std)
+        self.width: int = image_encoder.width
 
     def encode_image(self, images: Tensor) -> Encoded:
         """(B, 3, S, S) uint8 to shared-encoder tokens (B, 1 + N, D)."""
-        encoded = self.image_encoder(self.normalize(images))
-        return self._share(encoded, self.image_projection, IMAGE)
+        return self.encode_normalized(self.normalize(images))
+
+    def encode_normalized(self, images: Tensor) -> Encoded:
+        """The same of images that are normalized already, (B, 3, S, S) floating point."""
+        return self._share(self.image_encoder(images), self.image_projection, IMAGE)
 
     def encode_text(
         self, text: Tensor, padding_mask: Tensor | None = None, groups: list[tuple[int, int]] | None = None

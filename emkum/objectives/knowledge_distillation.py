@@ -44,7 +44,7 @@ class RegressionDistillation(Objective):
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput | None, batch: Batch) -> ObjectiveOutput:
         image = regression_loss(student.image_prediction, teacher.features, self.whiten)
-        text = regression_loss(student.text_prediction, teacher.features[batch.caption_image], self.whiten)
+        text = regression_loss(student.text_prediction, teacher.of_captions(batch.caption_image), self.whiten)
         return ObjectiveOutput(0.5 * (image + text), {"image_loss": image.detach(), "text_loss": text.detach()})
 
 
@@ -97,24 +97,41 @@ class ContrastiveDistillation(Objective):
         if self.bank is not None:
             targets = torch.cat([current, self.bank.features.to(current.dtype)])
             ids = torch.cat([current_ids, self.bank.ids])
-        rows = batch.image_ids.shape[0]
-        labels = torch.arange(rows, device=ids.device) + (row_offset(rows) if self.training else 0)
-        # Empty rows of the bank have a negative id.
-        excluded = (ids[None] == batch.image_ids[:, None]) | (ids[None] < 0)
-        scale = self.scale()
-        losses, metrics = [], {"scale": scale.detach()}
         captions = batch.caption_image
-        for name, prediction, own, out in (
-            ("image", student.image_prediction, labels, excluded),
-            ("text", student.text_prediction, labels[captions], excluded[captions]),
-        ):
-            logits = target_contrast(prediction, targets, own, out, scale)
-            losses.append(F.cross_entropy(logits, own))
-            metrics[f"{name}_loss"] = losses[-1].detach()
-            metrics[f"{name}_accuracy"] = (logits.detach().argmax(1) == own).float().mean() * 100
+        image = self._contrast(student.image_prediction, batch.image_ids, self._own_rows(batch.image_ids), targets, ids)
+        if teacher.text_features is None:
+            own = self._own_rows(batch.image_ids)[captions]
+            text = self._contrast(student.text_prediction, batch.image_ids[captions], own, targets, ids)
+        else:
+            # Captions have targets of their own, which the bank does not hold.
+            own_ids = batch.image_ids[captions]
+            own = self._own_rows(own_ids)
+            texts, text_ids = gather(teacher.text_features), gather(own_ids)
+            text = self._contrast(student.text_prediction, own_ids, own, texts, text_ids)
+        metrics = {"scale": self.scale().detach()}
+        for name, (loss, accuracy) in (("image", image), ("text", text)):
+            metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = loss.detach(), accuracy
         if self.bank is not None and self.training:
             self.bank.push(current, current_ids)
-        return ObjectiveOutput(0.5 * (losses[0] + losses[1]), metrics)
+        return ObjectiveOutput(0.5 * (image[0] + text[0]), metrics)
+
+    def _own_rows(self, ids: Tensor) -> Tensor:
+        """Of each of this device's rows, the place among the gathered ones."""
+        rows = torch.arange(len(ids), device=ids.device)
+        return rows + (row_offset(len(ids)) if self.training else 0)
+
+    def _contrast(
+        self, prediction: Tensor, image_ids: Tensor, own: Tensor, targets: Tensor, target_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and accuracy in percent.
+
+        Args:
+            prediction: (Q, D). image_ids: (Q,), whose image each is of.
+            own: (Q,) row of each one's target. targets: (K, D). target_ids: (K,), negative where a row is empty.
+        """
+        excluded = (target_ids[None] == image_ids[:, None]) | (target_ids[None] < 0)
+        logits = target_contrast(prediction, targets, own, excluded, self.scale())
+        return F.cross_entropy(logits, own), (logits.detach().argmax(1) == own).float().mean() * 100
 
 
 def _identity(tensor: Tensor) -> Tensor:

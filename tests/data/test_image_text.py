@@ -354,6 +354,36 @@ def test_masks_change_nothing_else_and_follow_seed_epoch_and_index(samples: Shar
     assert len(seen) == 2 * SAMPLES
 
 
+def test_captions_by_the_teachers_tokenizer_are_in_the_batchs_order(samples: ShardedSamples) -> None:
+    class Characters:
+        """One token a character, so that captions of as many words differ in length."""
+
+        special = SpecialTokens(bos=5, pad=9, eos=6, unk=None, mask=None)
+
+        def pieces(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    plain = dataset(samples, captions_per_image=2)
+    data = dataset(samples, captions_per_image=2, teacher_tokenizer=Characters(), teacher_max_tokens=6)
+    items = [data[index] for index in range(SAMPLES)]
+    assert [one.captions for one in items] == [plain[index].captions for index in range(SAMPLES)]
+    batch = collate(items, num_groups=2, teacher_pad=9)
+    net = batch["net_input"]
+    assert batch["teacher_text"].shape == batch["teacher_padding_mask"].shape
+    assert torch.equal(batch["teacher_text"] == 9, batch["teacher_padding_mask"])
+    pairs = {
+        (tuple(own), tuple(teachers))
+        for one in items
+        for own, teachers in zip(one.captions, one.teacher_captions, strict=True)
+    }
+    for text, hidden, other, other_hidden in zip(
+        net["text"], net["padding_mask"], batch["teacher_text"], batch["teacher_padding_mask"], strict=True
+    ):
+        assert (tuple(text[~hidden].tolist()), tuple(other[~other_hidden].tolist())) in pairs
+    assert max(len(teachers) for one in items for teachers in one.teacher_captions) == 6
+    assert collate([plain[0]])["teacher_text"] is None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 # ----------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,57 @@ def test_resumed_run_is_bit_identical(train_by_hand, finished_run, scenes, teach
     assert any(not torch.equal(whole[name], started[name]) for name in whole)
 
 
+def test_checkpoints_know_their_teacher(train_by_hand, finished_run, scenes, teacher_weights, tmp_path) -> None:
+    folder, _ = finished_run
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)["task_state"]
+    assert state["teacher"] == json.loads((folder / "run.json").read_text())["teacher"]
+    assert state["teacher"]["weights_sha256"] and state["teacher"]["image_size"] == 32
+    for name in ("checkpoint_last.pt", "run.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    other = {"teacher_weights": teacher_weights, "teacher_image_size": 48, "save_dir": tmp_path}
+    done = train_by_hand(scenes, **DISTILLATION, **other, expect=1)
+    assert "was begun with another teacher (it differs in image_size, weights_sha256)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == (folder / "checkpoint_last.pt").read_bytes()
+
+
+def test_a_trained_student_as_teacher_of_both_modalities(train_by_hand, finished_run, scenes, tmp_path) -> None:
+    folder, _ = finished_run
+    done = train_by_hand(
+        scenes,
+        objectives="itc,kd_mse,kd_contrastive",
+        kd_contrastive_bank_size=20,
+        teacher=f"checkpoint:{folder}",
+        teacher_target="own",
+        save_dir=tmp_path,
+        max_update=3,
+    )
+    records_of = records(done.stdout + done.stderr, "train_inner")
+    assert len(records_of) == 3 and all(record["kd_mse_text_loss"] > 0 for record in records_of)
+    identity = json.loads((tmp_path / "run.json").read_text())["teacher"]
+    assert (identity["teacher"], identity["target"]) == ("checkpoint", "own")
+
+
+def test_the_moving_average_as_teacher_resumes_exactly(train_by_hand, scenes, tmp_path) -> None:
+    options = {"objectives": "itc,kd_mse", "teacher": "self", "average_decay": 0.9}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_by_hand(scenes, **options, save_dir=whole, save_interval_updates=3)
+    parts.mkdir()
+    shutil.copy(whole / "checkpoint_1_3.pt", parts / "checkpoint_last.pt")
+    train_by_hand(scenes, **options, save_dir=parts)
+    expected, resumed = weights(whole / "checkpoint_last.pt"), weights(parts / "checkpoint_last.pt")
+    assert expected.keys() == resumed.keys()
+    assert [name for name in expected if not torch.equal(expected[name], resumed[name])] == []
+    # It follows when the next update begins.
+    assert expected["ema.updates"] == 5
+    name = "shared_encoder.norm.weight"
+    average, student = expected[f"ema.module.{name}"], expected[f"student.{name}"]
+    assert not torch.equal(average, student)
+    assert (average - 1).abs().max() < (student - 1).abs().max(), "from one on, the average lags behind"
+    # What is loaded for use is the student, without its average.
+    assert emkum.load(whole).encode_text(["a red circle"]).shape == (1, 128)
+
+
 def test_validate_and_evaluate_agree_with_training(command, finished_run, scenes, tmp_path) -> None:
     folder, log = finished_run
     checkpoint = folder / "checkpoint_last.pt"
@@ -135,6 +186,23 @@ def test_train_recipe_with_cached_teacher_on_two_processes(
     # Eight images are contrasted although each process has four of them.
     assert records(log, "train_inner")[0]["bsz"] == 8
     assert (run / "checkpoint_best.pt").is_file()
+
+
+def test_cached_views_train_as_the_live_teacher_does(command, train_by_hand, scenes, teacher_weights, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    command(
+        "emkum", "teacher", "cache", f"timm:{TEACHER}", "--weights", teacher_weights, "--image-size", 32,
+        "--data", scenes, "--out", cache, "--views", 2, "--flip", "--shard-size", 10,
+    )  # fmt: skip
+    live = {"teacher_weights": teacher_weights, "teacher_image_size": 32}
+    losses = []
+    for name, teacher in (("live", live), ("cached", {"teacher": f"cached:{cache}"})):
+        # Ten updates are two and a half epochs: the first view comes again.
+        options = DISTILLATION | teacher | {"crop_views": 2, "max_update": 10, "save_dir": tmp_path / name}
+        done = train_by_hand(scenes, "--no-save", **options)
+        losses.append([record["loss"] for record in records(done.stdout + done.stderr, "train_inner")])
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
 def test_report_compares_runs(command, finished_run, scenes, tmp_path) -> None:

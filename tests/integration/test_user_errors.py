@@ -39,6 +39,7 @@ def test_recipe_mistakes(command, examples, scenes, tmp_path, overrides, named) 
     ("options", "named"),
     [
         ({"objectives": "itc,kd_mse"}, ["kd_mse", "--teacher", "timm:NAME"]),
+        ({"objectives": "itc,kd_mse", "teacher": "self"}, ["--teacher self", "--average-decay"]),
         ({"objectives": "itc,kd_nothing"}, ["kd_nothing", "kd_contrastive"]),
         ({"student_size": "huge"}, ["huge", "tiny", "base"]),
         ({"image_encoder": "resnet"}, ["resnet", "data2vec2", "timm:NAME"]),

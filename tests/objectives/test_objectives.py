@@ -93,6 +93,28 @@ def test_kd_contrastive_with_bank_against_naive_reference() -> None:
         bank = (bank + list(zip(ids, teacher, strict=True)))[-5:]
 
 
+def test_captions_with_targets_of_their_own() -> None:
+    """Two images and three captions; the first two, of the same image, do not stand against each other."""
+    captions, ids = torch.tensor([0, 0, 1]), [7, 9]
+    student = make_student(2, 3, 4, 4)
+    images, texts = torch.randn(2, 4), torch.randn(3, 4)
+    teacher, batch = TeacherOutput(images, texts), Batch(torch.tensor(ids), captions)
+    out = build_objectives(["kd_contrastive"], {"kd_contrastive_bank_size": 4}, 4)["kd_contrastive"](
+        student, teacher, batch
+    )
+    losses = []
+    for i, prediction in enumerate(student.text_prediction):
+        classes = [texts[i]] + [texts[j] for j in range(3) if captions[j] != captions[i]]
+        logits = [cosine(prediction, target) / 0.07 for target in classes]
+        losses.append(cross_entropy(logits, [1.0] + [0.0] * (len(classes) - 1)))
+    assert out.metrics["text_loss"].item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+    plain = build_objectives(["kd_contrastive"], {}, 4)["kd_contrastive"](student, TeacherOutput(images), batch)
+    assert out.metrics["image_loss"].item() == pytest.approx(plain.metrics["image_loss"].item(), rel=1e-6)
+    out = build_objectives(["kd_mse"], {}, 4)["kd_mse"](student, teacher, batch)
+    expected = (student.text_prediction.double() - texts.double()).square().mean()
+    assert out.metrics["text_loss"].item() == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_bank_is_not_pushed_at_validation() -> None:
     objective = build_objectives(["kd_contrastive"], {"kd_contrastive_bank_size": 5}, 4)["kd_contrastive"].eval()
     objective(make_student(2, 2, 4, 4), TeacherOutput(torch.randn(2, 4)), Batch(torch.arange(2), torch.arange(2)))

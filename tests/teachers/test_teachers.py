@@ -1,6 +1,5 @@
-"""Frozen teachers against the libraries they come from, and the cache of their targets."""
+"""Frozen teachers against the libraries they come from."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emkum.errors import UserError
-from emkum.models.builders import build_teacher
-from emkum.models.data2vec2 import IMAGENET_MEAN, IMAGENET_STD, Data2Vec2ImageEncoder
-from emkum.outputs import TeacherOutput
-from emkum.teachers.base import FrozenTeacher, TeacherInput
-from emkum.teachers.cached import CachedTeacher, write_cache
-from emkum.teachers.encoder_teacher import encoder_teacher
+from emkum.layers.layer_targets import mean_of_layers
+from emkum.models.data2vec2 import IMAGENET_MEAN, IMAGENET_STD, Data2Vec2ImageEncoder, Data2Vec2TextEncoder
+from emkum.models.teacher_builders import FORMS, assert_reads_images, build_teacher
+from emkum.teachers.base import TeacherConfig, TeacherInput
+from emkum.teachers.encoder_teacher import SelfTeacher, encoder_teacher
 from emkum.teachers.timm_teacher import timm_teacher
 
-SIDE, SAMPLES, VIEWS = 32, 5, 2
-CROPS = {"views": VIEWS, "min_scale": 0.5, "flip": True, "seed": 7}
+SIDE = 32
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +67,17 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_patch16_224"])
 def test_a_timm_vit_gives_its_own_features(name: str, tmp_path: Path) -> None:
     model = timm_model(name, img_size=SIDE)
-    teacher = timm_teacher(name, save(model, tmp_path / "weights.safetensors"), SIDE)
+    teacher = timm_teacher(name, TeacherConfig(save(model, tmp_path / "weights.safetensors"), SIDE))
     images = pixels()
     tokens, pooled, logits = expected_of(model, images)
     output = teacher(batch(images))
     assert_close(output.features, pooled)
     assert_close(output.logits, logits)
     assert_close(output.patches, tokens[:, 1:])
-    assert teacher.width == pooled.shape[1] and teacher.image_size == SIDE
+    assert teacher.width == teacher.patch_width == pooled.shape[1] and teacher.image_size == SIDE
     assert output.patches.shape == (3, (SIDE // 16) ** 2, teacher.width)
+    assert teacher.grid == (SIDE // 16, SIDE // 16) and teacher.num_classes == logits.shape[1]
+    assert teacher.modalities == ("image",)
 
 
 # The last one widens its features before the classifier.
@@ -86,28 +85,35 @@ def test_a_timm_vit_gives_its_own_features(name: str, tmp_path: Path) -> None:
 def test_a_timm_cnn_gives_its_own_features_at_any_size(name: str, tmp_path: Path) -> None:
     model = timm_model(name)
     weights = save(model, tmp_path / "weights.safetensors")
-    assert timm_teacher(name, weights).image_size == model.pretrained_cfg["input_size"][-1] == 160
-    teacher = timm_teacher(name, weights, image_size=64)
+    assert timm_teacher(name, TeacherConfig(weights)).image_size == model.pretrained_cfg["input_size"][-1] == 160
+    teacher = timm_teacher(name, TeacherConfig(weights, image_size=64))
     images = pixels(side=64)
-    _, pooled, logits = expected_of(model, images)
+    features, pooled, logits = expected_of(model, images)
     output = teacher(batch(images))
     assert_close(output.features, pooled)
     assert_close(output.logits, logits)
-    assert output.patches is None
     assert (teacher.width, teacher.image_size) == (pooled.shape[1], 64)
+    rows, columns = teacher.grid
+    # The map's places are patches, row by row, whichever way round the model keeps it.
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    expected = features if channels_last else features.permute(0, 2, 3, 1)
+    assert expected.shape[1:3] == (rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            assert_close(output.patches[:, row * columns + column], expected[:, row, column])
 
 
 def test_a_model_without_classifier_has_no_logits() -> None:
-    teacher = timm_teacher("vit_small_patch16_224.dino", "", SIDE)
+    teacher = timm_teacher("vit_small_patch16_224.dino", TeacherConfig("", SIDE))
     output = teacher(batch(pixels()))
-    assert output.logits is None
+    assert output.logits is None and teacher.num_classes == 0
     assert output.features.shape == (3, teacher.width) == (3, 384)
 
 
 def test_real_deit_tiny_tells_images_apart(shared_data: Path) -> None:
     name = "deit_tiny_patch16_224"
     weights = str(shared_data / name / "model_fp16.safetensors")
-    teacher = build_teacher(f"timm:{name}", weights)
+    teacher = build_teacher(f"timm:{name}", TeacherConfig(weights))
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": weights}).eval()
     images = pixels(2, 224)
     assert (teacher.width, teacher.image_size) == (192, 224)
@@ -115,7 +121,7 @@ def test_real_deit_tiny_tells_images_apart(shared_data: Path) -> None:
 
 
 def test_targets_take_no_gradient_but_losses_may_use_them(tmp_path: Path) -> None:
-    teacher = timm_teacher("test_vit", "", SIDE)
+    teacher = timm_teacher("test_vit", TeacherConfig("", SIDE))
     output = teacher(batch(pixels()))
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     prediction = torch.randn(3, teacher.width, requires_grad=True)
@@ -126,7 +132,7 @@ def test_targets_take_no_gradient_but_losses_may_use_them(tmp_path: Path) -> Non
 
 
 def test_a_teacher_stays_in_eval_mode() -> None:
-    teacher = timm_teacher("test_resnet", "", 64)
+    teacher = timm_teacher("test_resnet", TeacherConfig("", 64))
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     teacher(batch(pixels(side=64)))
     assert not any(module.training for module in teacher.model.modules())
@@ -170,7 +176,7 @@ def test_data2vec2_teacher_from_a_checkpoint(tmp_path: Path) -> None:
     images = pixels()
     assert_close(teacher(batch(images)).features, encoder_teacher(encoder, {})(batch(images)).features)
     assert teacher.image_size == SIDE
-    assert build_teacher(f"data2vec2:{path}", image_size=48).image_size == 48
+    assert build_teacher(f"data2vec2:{path}", TeacherConfig(image_size=48)).image_size == 48
 
 
 def test_identity_changes_with_the_weights(tmp_path: Path) -> None:
@@ -179,7 +185,7 @@ def test_identity_changes_with_the_weights(tmp_path: Path) -> None:
     with torch.no_grad():
         model.blocks[3].mlp.fc1.bias[5] += 1e-3
     second = save(model, tmp_path / "second.safetensors")
-    identities = [timm_teacher("test_vit", weights, SIDE).identity for weights in (first, first, second)]
+    identities = [timm_teacher("test_vit", TeacherConfig(weights, SIDE)).identity for weights in (first, first, second)]
     assert identities[0] == identities[1]
     assert {key for key in identities[0] if identities[0][key] != identities[2][key]} == {"weights_sha256"}
     assert identities[0]["teacher"] == "timm:test_vit" and identities[0]["image_size"] == SIDE
@@ -189,167 +195,159 @@ def test_identity_changes_with_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["", "resnet50", "timm", "timm:", "cached:", "data2vec2:", "clip:ViT-B-32"])
 def test_unknown_teachers_name_the_choices(spec: str) -> None:
-    with pytest.raises(UserError, match="choose timm:NAME, data2vec2:FILE or cached:DIR") as caught:
+    with pytest.raises(UserError, match="choose timm:NAME, data2vec2:FILE") as caught:
         build_teacher(spec)
     assert repr(spec) in str(caught.value) and "\n" not in str(caught.value)
+    assert all(form in str(caught.value) for form in FORMS)
 
 
 @pytest.mark.parametrize(
-    ("spec", "weights", "message"),
+    ("spec", "config", "message"),
     [
-        ("timm:no_such_model", "", "timm has no model 'no_such_model'"),
-        ("timm:test_vit", "no/such.safetensors", "no such file: no/such.safetensors"),
-        ("data2vec2:no/such.pt", "", "no such file: no/such.pt"),
-        ("cached:no/such", "", "no teacher cache at no/such"),
+        ("timm:no_such_model", {}, "timm has no model 'no_such_model'"),
+        ("timm:test_vit", {"weights": "no/such.safetensors"}, "no such file: no/such.safetensors"),
+        ("data2vec2:no/such.pt", {}, "no such file: no/such.pt"),
+        ("checkpoint:no/such.pt", {}, "no such checkpoint: no/such.pt"),
+        ("cached:no/such", {}, "no teacher cache at no/such"),
+        ("cached:no/such", {"pooling": "cls"}, "--teacher-pooling has no effect on cached:no/such"),
+        ("self", {}, "only training has"),
+        ("timm:test_vit", {"weights": "", "pooling": "max"}, "'max': timm:test_vit knows default, cls, mean"),
+        ("timm:test_resnet", {"weights": "", "pooling": "cls"}, "has no CLS token; choose default or mean"),
+        ("timm:test_vit", {"weights": "", "target": "own"}, "needs a teacher that reads images and text"),
+        ("timm:test_vit", {"weights": "", "autocast": "int8"}, "choose from auto, bfloat16, float16"),
     ],
 )
-def test_teachers_that_are_not_there(spec: str, weights: str, message: str) -> None:
+def test_teachers_that_cannot_be_had(spec: str, config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        build_teacher(spec, weights)
+        build_teacher(spec, TeacherConfig(**config))
     assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cache
+# Poolings, layers, ways to run
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def all_crops(views: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (views, SAMPLES, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+def test_timm_poolings(tmp_path: Path) -> None:
+    name = "deit_tiny_patch16_224"
+    model = timm_model(name, img_size=SIDE)
+    weights = save(model, tmp_path / "weights.safetensors")
+    images = pixels()
+    tokens, pooled, _ = expected_of(model, images)
+    for pooling, expected in (("default", pooled), ("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(1))):
+        teacher = timm_teacher(name, TeacherConfig(weights, SIDE, pooling))
+        assert_close(teacher(batch(images)).features, expected)
+        assert teacher.identity["pooling"] == pooling
 
 
-def batches(crops: Tensor, split: str) -> Iterator[TeacherInput]:
-    """Batches of two samples, the last one smaller; views one after the other."""
-    for view, images in enumerate(crops):
-        for start in range(0, SAMPLES, 2):
-            ids = list(range(start, min(start + 2, SAMPLES)))
-            yield batch(images[ids], ids, [view] * len(ids), split)
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_patch16_224", "test_resnet"])
+def test_all_layers_of_a_timm_model(name: str, tmp_path: Path) -> None:
+    sizes = {} if name == "test_resnet" else {"img_size": SIDE}
+    model = timm_model(name, **sizes)
+    weights = save(model, tmp_path / "weights.safetensors")
+    seen: list[Tensor] = []
+    blocks = [model.layer1, model.layer2, model.layer3, model.layer4] if name == "test_resnet" else model.blocks
+    hooks = [block.register_forward_hook(lambda _, __, output: seen.append(output.clone())) for block in blocks]
+    images = pixels()
+    _, pooled, logits = expected_of(model, images)
+    for hook in hooks:
+        hook.remove()
+    output = timm_teacher(name, TeacherConfig(weights, SIDE), layers=True)(batch(images))
+    assert_close(output.features, pooled)
+    assert_close(output.logits, logits)
+    for layer, expected in zip(output.layers[-len(blocks) :], seen[: len(blocks)], strict=True):
+        assert_close(layer, expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected)
+    assert timm_teacher(name, TeacherConfig(weights, SIDE))(batch(images)).layers is None
 
 
-@pytest.fixture(scope="module")
-def teacher() -> FrozenTeacher:
+def test_a_compiled_teacher_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def compile_by_name(module: nn.Module) -> Any:
+        compiled.append(module)
+        return lambda *arguments, **options: module(*arguments, **options)
+
+    # The compiler itself takes half a minute and needs one of C++: that it gets the model is what is seen here.
+    monkeypatch.setattr(torch, "compile", compile_by_name)
     torch.manual_seed(0)
-    return encoder_teacher(small_encoder(), {"teacher": "mine"})
+    plain = timm_teacher("test_vit", TeacherConfig("", SIDE))
+    assert compiled == []
+    torch.manual_seed(0)
+    teacher = timm_teacher("test_vit", TeacherConfig("", SIDE, compile=True))
+    assert compiled == [teacher.model]
+    images = pixels()
+    assert torch.equal(teacher(batch(images)).features, plain(batch(images)).features)
 
 
-@pytest.fixture(scope="module")
-def train_crops() -> Tensor:
-    return all_crops(VIEWS, 1)
+def test_autocast_is_used_and_targets_are_float32() -> None:
+    torch.manual_seed(0)
+    full = timm_teacher("test_vit", TeacherConfig("", SIDE))
+    torch.manual_seed(0)
+    low = timm_teacher("test_vit", TeacherConfig("", SIDE, autocast="bfloat16"))
+    images = pixels()
+    one, other = full(batch(images)), low(batch(images))
+    for name in ("features", "patches", "logits"):
+        expected, actual = getattr(one, name), getattr(other, name)
+        assert actual.dtype == torch.float32 and not torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1)
 
 
-@pytest.fixture(scope="module")
-def valid_crops() -> Tensor:
-    return all_crops(1, 2)
+# ----------------------------------------------------------------------------------------------------------------------
+# Data2Vec 2 and students
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, teacher: FrozenTeacher, train_crops: Tensor, valid_crops: Tensor) -> Path:
-    directory = tmp_path_factory.mktemp("teacher") / "cache"
-    splits = {
-        "train": ("hash-train", CROPS, (VIEWS, SAMPLES), batches(train_crops, "train")),
-        "valid": ("hash-valid", {"views": 0}, (1, SAMPLES), batches(valid_crops, "valid")),
-    }
-    write_cache(directory, teacher, splits)
-    return directory
+def test_data2vec2_poolings_and_layers() -> None:
+    encoder, images = small_encoder(), pixels()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    normalized = (images.float() / 255 - mean) / std
+    with torch.no_grad():
+        tokens, states = encoder(normalized).tokens, encoder.hidden_states(normalized)
+    averaged = mean_of_layers(states)
+    for pooling, features, patches in (
+        ("cls", tokens[:, 0], tokens[:, 1:]),
+        ("mean", tokens[:, 1:].mean(1), tokens[:, 1:]),
+        ("layers", averaged[:, 0], averaged[:, 1:]),
+    ):
+        output = encoder_teacher(encoder, {}, TeacherConfig(pooling=pooling), layers=True)(batch(images))
+        assert_close(output.features, features)
+        assert_close(output.patches, patches)
+        assert len(output.layers) == 3
+        for layer, expected in zip(output.layers, states, strict=True):
+            assert_close(layer, expected)
+    with pytest.raises(UserError, match="data2vec2 knows default, mean_max, cls, mean, layers"):
+        encoder_teacher(encoder, {}, TeacherConfig(pooling="max"))
 
 
-def test_cached_targets_equal_live_ones(cache: Path, teacher: FrozenTeacher, valid_crops: Tensor) -> None:
-    cached = CachedTeacher(cache)
-    cached.open_split("valid", "hash-valid", {"views": 0})
-    ids = [4, 0, 2]
-    live = teacher(batch(valid_crops[0, ids])).features
-    output = cached(batch(valid_crops[0, ids], ids, split="valid"))
-    torch.testing.assert_close(output.features, live, rtol=2**-10, atol=1e-4)
-    assert output.features.dtype == torch.float32
-    assert output.patches is None and output.logits is None
-    assert (cached.width, cached.identity, cached.image_size) == (teacher.width, teacher.identity, 0)
+def test_data2vec2_text_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = Data2Vec2TextEncoder(30, 16, depth=2, num_heads=2, max_positions=12).eval()
+    path = tmp_path / "text.pt"
+    torch.save({"model": encoder.state_dict(), "cfg": {"model": {"num_heads": 2, "norm_eps": 1e-5}}}, path)
+    text = torch.tensor([[0, 5, 6, 7, 2], [0, 9, 2, 1, 1]])
+    hidden = text == 1
+    with torch.no_grad():
+        tokens = encoder(text, hidden).tokens
+    inputs = TeacherInput(None, torch.arange(2), torch.full((2,), -1), "train", text, hidden)
+    teacher = build_teacher(f"data2vec2:{path}")
+    assert (teacher.modalities, teacher.image_size, teacher.max_tokens, teacher.width) == (("text",), 0, 12, 16)
+    assert_close(teacher(inputs).features, tokens[:, 0])
+    mean = build_teacher(f"data2vec2:{path}", TeacherConfig(pooling="mean"))(inputs).features
+    assert_close(mean, torch.stack([tokens[0, 1:].mean(0), tokens[1, 1:3].mean(0)]))
+    with pytest.raises(UserError, match="reads text alone and has no targets for images"):
+        assert_reads_images(teacher, "data2vec2:text.pt")
 
 
-def test_cached_views_replay(cache: Path, teacher: FrozenTeacher, train_crops: Tensor) -> None:
-    cached = CachedTeacher(cache)
-    cached.open_split("train", "hash-train", CROPS)
-    ids, views = [3, 3, 1, 0], [0, 1, 1, 0]
-    live = teacher(batch(train_crops[views, ids])).features
-    torch.testing.assert_close(
-        cached(batch(train_crops[views, ids], ids, views)).features, live, rtol=2**-10, atol=1e-4
-    )
-    assert (live[0] - live[1]).abs().max() > 1e-2
+def test_the_students_own_average() -> None:
+    class Average(nn.Module):
+        def encode_image(self, images: Tensor) -> Any:
+            assert not torch.is_grad_enabled()
+            return type("Encoded", (), {"cls": images.half().mean((2, 3)), "tokens": images.flatten(2).half()})()
 
-
-def test_centered_targets_serve_any_crop(cache: Path, teacher: FrozenTeacher, valid_crops: Tensor) -> None:
-    cached = CachedTeacher(cache)
-    cached.open_split("valid", "hash-valid", CROPS)
-    live = teacher(batch(valid_crops[0, [1, 1, 1]])).features
-    output = cached(batch(pixels(), [1, 1, 1], [-1, 0, 1], "valid")).features
-    torch.testing.assert_close(output, live, rtol=2**-10, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("split", "data_hash", "crops", "message"),
-    [
-        ("test", "hash-train", CROPS, "has no split 'test', only train, valid"),
-        ("train", "hash-other", CROPS, "was made of other data than the split 'train'"),
-        ("train", "hash-train", CROPS | {"seed": 8}, "crops with seed = 7, training uses 8"),
-        ("train", "hash-train", CROPS | {"min_scale": 0.6}, "crops with min_scale = 0.5, training uses 0.6"),
-        ("train", "hash-train", CROPS | {"flip": False}, "crops with flip = True, training uses False"),
-        ("train", "hash-train", CROPS | {"views": 4}, "crops with views = 2, training uses 4"),
-        ("train", "hash-train", CROPS | {"views": 0}, "crops with views = 2, training uses 0"),
-        ("train", "hash-train", {"views": 0}, "training uses"),
-    ],
-)
-def test_cache_refuses_what_it_was_not_made_for(
-    cache: Path, split: str, data_hash: str, crops: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        CachedTeacher(cache).open_split(split, data_hash, crops)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("manifest", [None, "", "{", "[]", "{}", '"text"', '{"teacher": {}, "width": 3}'])
-def test_a_folder_that_is_no_cache(tmp_path: Path, manifest: str | None) -> None:
-    if manifest is not None:
-        (tmp_path / "cache.json").write_text(manifest)
-    with pytest.raises(UserError, match="no teacher cache at .* make one with `emkum teacher cache`"):
-        CachedTeacher(tmp_path)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no array", b"cut"])
-def test_a_cache_whose_features_are_damaged(tmp_path: Path, cache: Path, content: bytes | None) -> None:
-    (tmp_path / "cache.json").write_bytes((cache / "cache.json").read_bytes())
-    if content is not None:
-        (tmp_path / "train.npy").write_bytes((cache / "train.npy").read_bytes()[:150] if content == b"cut" else content)
-    with pytest.raises(UserError, match="train.npy is missing or damaged"):
-        CachedTeacher(tmp_path).open_split("train", "hash-train", CROPS)
-
-
-def test_write_cache_leaves_nothing_when_the_teacher_raises(tmp_path: Path, train_crops: Tensor) -> None:
-    calls = []
-
-    def fail(model: nn.Module, images: Tensor) -> TeacherOutput:
-        calls.append(len(images))
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return TeacherOutput(torch.zeros(len(images), 4))
-
-    teacher = FrozenTeacher(nn.Identity(), fail, 4, SIDE, (0.5,) * 3, (0.5,) * 3, {})
-    splits = {"train": ("hash", CROPS, (VIEWS, SAMPLES), batches(train_crops, "train"))}
-    with pytest.raises(RuntimeError, match="out of memory"):
-        write_cache(tmp_path / "cache", teacher, splits)
-    assert len(calls) == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_write_cache_leaves_an_existing_folder_alone(tmp_path: Path, teacher: FrozenTeacher) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match="exists already"):
-        write_cache(tmp_path / "cache", teacher, {})
-    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "mine.txt"]
-
-
-def test_write_cache_publishes_the_cache_and_nothing_else(cache: Path, teacher: FrozenTeacher) -> None:
-    assert [path.name for path in cache.parent.iterdir()] == ["cache"]
-    assert sorted(path.name for path in cache.iterdir()) == ["cache.json", "train.npy", "valid.npy"]
-    assert np.load(cache / "train.npy").shape == (VIEWS, SAMPLES, teacher.width)
-    assert np.load(cache / "train.npy").dtype == np.float16
+    teacher = SelfTeacher(SIDE)
+    teacher.bind(Average())
+    images = pixels()
+    output = teacher(batch(images))
+    torch.testing.assert_close(output.features, images.half().mean((2, 3)).float())
+    assert output.features.dtype == output.patches.dtype == torch.float32
+    assert teacher.width == 0 and teacher.image_size == SIDE

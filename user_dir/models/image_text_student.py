@@ -7,7 +7,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 
+from emkum.errors import UserError
 from emkum.layers.attention import choose_attention_kernel
+from emkum.layers.ema import EmaCopy
 from emkum.layers.precision import AUTOCAST_HELP, Autocast
 from emkum.models.builders import STUDENT_PARTS, build_student
 from emkum.models.parameter_groups import LearningRateConfig, assign_overrides
@@ -27,9 +29,17 @@ class _ObjectiveChoice(FairseqDataclass):
     autocast: Optional[str] = field(default=None, metadata={"help": AUTOCAST_HELP})
 
 
+@dataclass
+class AverageConfig:
+    decay: float = field(
+        default=0.0,
+        metadata={"help": "decay an update of a moving average of the student, for --teacher self; 0 = none is kept"},
+    )
+
+
 ImageTextStudentConfig = flat_dataclass(
     "ImageTextStudentConfig",
-    {**STUDENT_PARTS, "lr_scale": LearningRateConfig, **OBJECTIVE_PARTS},
+    {**STUDENT_PARTS, "average": AverageConfig, "lr_scale": LearningRateConfig, **OBJECTIVE_PARTS},
     base=_ObjectiveChoice,
 )
 
@@ -41,21 +51,32 @@ class ImageTextStudentModel(BaseFairseqModel):
     Objectives are inside because their parameters and banks are trained, saved and restored with the model.
     """
 
-    def __init__(self, student: ImageTextStudent, objectives: nn.ModuleDict, autocast: str | None = None) -> None:
+    def __init__(
+        self,
+        student: ImageTextStudent,
+        objectives: nn.ModuleDict,
+        autocast: str | None = None,
+        ema: EmaCopy | None = None,
+    ) -> None:
         super().__init__()
         self.student = student
         self.objectives = objectives
         self.autocast = Autocast(autocast)
+        self.ema = ema
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "ImageTextStudentModel":
         names = parse_objectives(cfg.objectives)
         if task.target_width is None:
             names = [name for name in names if not needs_teacher([name])]
-        student = build_student(
-            cfg, task.tokenizer.vocab_size, task.target_width, task.load_pretrained, task.tokenizer.special.pad
-        )
-        model = cls(student, build_objectives(names, cfg, task.target_width), cfg.autocast)
+        width = task.target_width
+        student = build_student(cfg, task.tokenizer.vocab_size, width, task.load_pretrained, task.tokenizer.special.pad)
+        decay = collect_parts({"average": AverageConfig}, cfg)["average"].decay
+        if not 0 <= decay < 1:
+            raise UserError(f"--average-decay {decay}: want a number from 0 (no average) to below 1")
+        ema = EmaCopy(student, decay) if decay > 0 else None
+        model = cls(student, build_objectives(names, cfg, student.width if width == 0 else width), cfg.autocast, ema)
+        task.bind_average(None if ema is None else ema.module)
         assign_overrides(model, student, collect_parts({"lr_scale": LearningRateConfig}, cfg)["lr_scale"])
         return model
 
@@ -80,6 +101,12 @@ class ImageTextStudentModel(BaseFairseqModel):
             output = self.student(image, text, padding_mask, groups)
         batch = Batch(image_ids=image_ids, caption_image=caption_image)
         return {name: objective(output, targets, batch) for name, objective in self.objectives.items()}, output
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq calls this before each batch and before it restores a checkpoint, with the number of updates done."""
+        super().set_num_updates(num_updates)
+        if self.ema is not None:
+            self.ema.follow(self.student, num_updates)
 
     def max_positions(self) -> None:
         return None

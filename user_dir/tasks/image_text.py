@@ -1,5 +1,6 @@
 """Task `image_text`: owns the pairs, the tokenizer and the teacher; scores retrieval at every validation."""
 
+import json
 import logging
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,18 +10,19 @@ from typing import Any, Optional
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 
-from emkum.data.augment import Augment, AugmentConfig
+from emkum.data.augment import Augment, AugmentConfig, generator, seeded
 from emkum.data.image_text import CaptionConfig, ImageTextDataset, collate
 from emkum.data.order import OrderConfig
-from emkum.data.tokenizers import copy_tokenizer, load_tokenizer
+from emkum.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform
 from emkum.distributed import all_gather_rows, rank
 from emkum.errors import UserError
-from emkum.models.builders import build_teacher
+from emkum.models.teacher_builders import FORMS, assert_reads_images, build_teacher
 from emkum.objectives import needs_teacher, parse_objectives
 from emkum.options import collect_parts
 from emkum.outputs import StudentOutput, TeacherOutput
-from emkum.teachers.base import TeacherConfig, TeacherInput
+from emkum.teachers.base import SELF, TeacherConfig, TeacherInput, reads_captions
+from emkum.teachers.encoder_teacher import SelfTeacher
 
 from ..config import flat_dataclass
 from ..datasets import EpochDataset
@@ -42,7 +44,7 @@ TASK_PARTS = {
 class _Base(PreparedDataConfig):
     teacher: Optional[str] = field(
         default=None,
-        metadata={"help": "frozen teacher: timm:NAME, data2vec2:FILE, cached:DIR; empty = none"},
+        metadata={"help": f"frozen teacher: {', '.join(FORMS)}, or {SELF} (a moving average); empty = none"},
     )
 
 
@@ -64,6 +66,8 @@ class ImageTextTask(PreparedDataTask):
         self.tokenizer = load_tokenizer(self.captions.tokenizer or self.folders[0])
         self.load_pretrained = load_pretrained
         self.teacher = None
+        # By which the teacher reads captions; None where it reads none.
+        self.teacher_tokenizer = None
         self.image_size = 0
         self.retrieval = RetrievalScores()
 
@@ -73,20 +77,62 @@ class ImageTextTask(PreparedDataTask):
 
     @property
     def target_width(self) -> int | None:
-        """Channels of the teacher's target; None without a teacher."""
+        """Channels of the teacher's target; 0 = as many as the student has; None without a teacher."""
         return None if self.teacher is None else self.teacher.width
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         names = parse_objectives(cfg.objectives)
         self.image_size = cfg.image_size
         if self.cfg.teacher:
-            config = self.teacher_config
-            self.teacher = build_teacher(self.cfg.teacher, config.weights, config.image_size)
+            if self.cfg.teacher == SELF:
+                self.teacher = SelfTeacher(cfg.image_size)
+            else:
+                # The student starts from the same weights whether its teacher is live, cached or none: making one
+                # draws from the generators.
+                with seeded(generator(self.cfg.seed)):
+                    self.teacher = build_teacher(self.cfg.teacher, self.teacher_config)
+            assert_reads_images(self.teacher, self.cfg.teacher)
             logger.info("teacher: %s", self.teacher.identity)
+            if reads_captions(self.teacher):
+                self.teacher_tokenizer = self._tokenizer_of_teacher()
         elif needs_teacher(names) and not from_checkpoint:
             wanting = ", ".join(name for name in names if needs_teacher([name]))
-            raise UserError(f"{wanting} needs --teacher: timm:NAME, data2vec2:FILE or cached:DIR")
+            raise UserError(f"{wanting} needs --teacher: {', '.join(FORMS[:-1])} or {FORMS[-1]}")
         return super().build_model(cfg, from_checkpoint)
+
+    def bind_average(self, average: Any) -> None:
+        """The student's moving average, or None, once the model is built."""
+        if self.cfg.teacher != SELF or self.teacher is None:
+            return
+        if average is None:
+            raise UserError("--teacher self is the student's moving average: give --average-decay, such as 0.999")
+        self.teacher.bind(average)
+
+    def _tokenizer_of_teacher(self) -> Tokenizer:
+        if self.teacher.tokenizer is None:
+            raise UserError(
+                f"--teacher {self.cfg.teacher} comes without the tokenizer that --teacher-target "
+                "needs; of beit3:FILE it is beit3.spm, beside the file"
+            )
+        return load_tokenizer(self.teacher.tokenizer)
+
+    def _assert_same_teacher(self, identity: dict[str, Any] | None) -> None:
+        """A run that goes on from its checkpoint goes on with its teacher."""
+        folder = Path(self.cfg.save_dir)
+        if not (folder / "checkpoint_last.pt").is_file() or not (folder / "run.json").is_file():
+            return
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("teacher")
+        if before != identity:
+            old, new = before or {}, identity or {}
+            differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+            raise UserError(
+                f"{folder} was begun with another teacher (it differs in {', '.join(differing)}); choose another "
+                "--save-dir, and --restore-file to start from its checkpoint"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep of the task: which teacher it was."""
+        return super().state_dict() | ({} if self.teacher is None else {"teacher": self.teacher.identity})
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         samples = self.open_samples(split)
@@ -103,13 +149,19 @@ class ImageTextTask(PreparedDataTask):
             teacher_size=0 if self.teacher is None else self.teacher.image_size,
             split=split,
             augment=Augment(self.augment) if training else None,
+            teacher_tokenizer=self.teacher_tokenizer,
+            teacher_max_tokens=0 if self.teacher is None else self.teacher.max_tokens,
         )
         if self.teacher is not None:
             self.teacher.open_split(split, samples.content_hash(), dataset.describe_crops())
         gather = partial(collate, num_groups=self.captions.groups, pad=self.tokenizer.special.pad)
+        if self.teacher_tokenizer is not None:
+            gather = partial(gather, teacher_pad=self.teacher_tokenizer.special.pad)
         self.datasets[split] = EpochDataset(dataset, gather, training, self.order)
         if training:
-            self.record_run(samples.content_hash(), teacher=None if self.teacher is None else self.teacher.identity)
+            identity = None if self.teacher is None else self.teacher.identity
+            self._assert_same_teacher(identity)
+            self.record_run(samples.content_hash(), teacher=identity)
             if rank() == 0:
                 copy_tokenizer(self.tokenizer, Path(self.cfg.save_dir) / "tokenizer")
 
@@ -118,7 +170,17 @@ class ImageTextTask(PreparedDataTask):
         if self.teacher is None:
             return None
         images = sample["teacher_image"] if sample["teacher_image"] is not None else sample["net_input"]["image"]
-        return self.teacher(TeacherInput(images, sample["id"], sample["view"], sample["split"]))
+        return self.teacher(
+            TeacherInput(
+                images,
+                sample["id"],
+                sample["view"],
+                sample["split"],
+                sample["teacher_text"],
+                sample["teacher_padding_mask"],
+                sample["net_input"]["caption_image"],
+            )
+        )
 
     def collect_features(self, sample: dict[str, Any], student: StudentOutput) -> None:
         """Keep a validation batch's features, of all devices, for the corpus metrics."""

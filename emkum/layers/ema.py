@@ -1,0 +1,56 @@
+"""An exponential moving average of a module (Tarvainen and Valpola 2017)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EmaCopy(nn.Module):
+    """A copy of a module that follows it slowly, always in eval mode and without gradients.
+
+    It moves once an update of the optimizer, however many batches an update has: whoever trains calls `follow` with
+    the number of updates done. Parameters and floating-point buffers move; other buffers are taken over.
+
+    Args:
+        module: is copied; its copy is `self.module`.
+        decay: how much of the copy stays at each update.
+    """
+
+    updates: Tensor
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay = decay
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        # The same on the host, where asking costs nothing; -1 = not known yet.
+        self._updates = -1
+        self.eval()
+
+    def train(self, mode: bool = True) -> "EmaCopy":
+        return super().train(False)
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module, num_updates: int) -> None:
+        """Move towards the module, where an update was done since the last call.
+
+        Args:
+            module: what was copied.
+            num_updates: updates done; a number that is not above the last one changes nothing.
+        """
+        if self._updates < 0:
+            self._updates = int(self.updates)
+        if num_updates <= self._updates:
+            return
+        self._updates = num_updates
+        self.updates.fill_(num_updates)
+        own, new = self.module.state_dict(), module.state_dict()
+        moving = [name for name, value in own.items() if value.is_floating_point()]
+        torch._foreach_lerp_([own[name] for name in moving], [new[name] for name in moving], 1 - self.decay)
+        for name in own.keys() - set(moving):
+            own[name].copy_(new[name])
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._updates = -1

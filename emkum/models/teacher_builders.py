@@ -1,0 +1,146 @@
+"""From a teacher's name to the teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from emkum.data.tokenizers import load_tokenizer
+from emkum.errors import UserError
+from emkum.teachers.base import IMAGE, SELF, TEXT, Teacher, TeacherConfig, shared_options
+from emkum.teachers.beit3_teacher import beit3_teacher
+from emkum.teachers.bert_teacher import bert_teacher
+from emkum.teachers.cached import CachedTeacher
+from emkum.teachers.encoder_teacher import encoder_teacher, student_teacher
+from emkum.teachers.openclip_teacher import openclip_teacher
+from emkum.teachers.timm_teacher import timm_teacher
+from emkum.weights import read_checkpoint
+
+
+def build_teacher(spec: str, config: TeacherConfig | None = None, layers: bool = False) -> Teacher:
+    """Build a teacher from its name.
+
+    Args:
+        spec: KIND:REST, with the kinds of TEACHERS.
+        config: weights, input size, pooling and how to run; None = defaults.
+        layers: give all layers.
+
+    Raises:
+        UserError: the name names nothing, or the teacher cannot be had.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in TEACHERS or not rest:
+        if spec == SELF:
+            raise UserError("--teacher self is the student's moving average, which only training has")
+        raise UserError(f"--teacher {spec!r} is unknown; choose {', '.join(FORMS[:-1])} or {FORMS[-1]}")
+    return TEACHERS[kind](rest, config or TeacherConfig(), layers)
+
+
+def assert_reads_images(teacher: Teacher, spec: str) -> None:
+    """A student of images and captions is distilled from what a teacher makes of images.
+
+    Raises:
+        UserError: it reads text alone.
+    """
+    if IMAGE not in teacher.modalities:
+        raise UserError(f"--teacher {spec} reads text alone and has no targets for images; choose a teacher of images")
+
+
+def _data2vec2(path: str, config: TeacherConfig, layers: bool) -> Teacher:
+    from emkum.models.data2vec2 import Data2Vec2ImageEncoder, encoder_from_checkpoint
+
+    encoder = encoder_from_checkpoint(path, config.image_size or None, config.allow_missing)
+    modality = IMAGE if isinstance(encoder, Data2Vec2ImageEncoder) else TEXT
+    return encoder_teacher(encoder, {"teacher": "data2vec2"}, config, modality, layers=layers)
+
+
+def _beit3(path: str, config: TeacherConfig, layers: bool) -> Teacher:
+    """A released or fine-tuned BEiT-3; its vocabulary, `beit3.spm`, is looked for beside the file."""
+    from emkum.models.beit3 import beit3_from_checkpoint
+
+    model = beit3_from_checkpoint(path, config.image_size or None, allowed=config.allow_missing)
+    vocabulary = Path(path).with_name("beit3.spm")
+    _assert_vocabulary(vocabulary, len(model.text_embed.weight), path)
+    return beit3_teacher(
+        model,
+        {"teacher": "beit3"},
+        vocabulary if vocabulary.is_file() else None,
+        # As in its own fine-tuning on pairs.
+        min(64, model.max_positions),
+        config.pooling,
+        layers=layers,
+        **shared_options(config),
+    )
+
+
+def _assert_vocabulary(vocabulary: Path, rows: int, weights: str | Path) -> None:
+    """Raise UserError where a vocabulary has ids that the model has no embedding of."""
+    if vocabulary.is_file() and (size := load_tokenizer(vocabulary).vocab_size) > rows:
+        raise UserError(f"{vocabulary} has {size:,} ids, but {weights} has embeddings of {rows:,} alone")
+
+
+def _bert(source: str, config: TeacherConfig, layers: bool) -> Teacher:
+    from emkum.models.bert import bert_from_checkpoint, find_bert
+
+    files = find_bert(source)
+    model = bert_from_checkpoint(files, allowed=config.allow_missing)
+    if files.vocabulary is not None:
+        _assert_vocabulary(files.vocabulary, len(model.embeddings.word_embeddings.weight), files.weights)
+    return bert_teacher(
+        model,
+        {"teacher": "bert"},
+        files.vocabulary,
+        pooling=config.pooling,
+        layers=layers,
+        **shared_options(config),
+    )
+
+
+def _checkpoint(path: str, config: TeacherConfig, layers: bool) -> Teacher:
+    """A run's folder or checkpoint: of a student, or of Data2Vec 2 pretraining."""
+    from emkum.checkpoint import find_checkpoint, load, model_name
+
+    path = find_checkpoint(path)
+    if model_name(read_checkpoint(path)) == "data2vec2_image":
+        return _data2vec2(str(path), config, layers)
+    model = load(path)
+    if config.image_size not in (0, model.image_size):
+        raise UserError(f"--teacher-image-size {config.image_size}: {path} was trained with {model.image_size} pixels")
+    return student_teacher(
+        model.student,
+        {"teacher": "checkpoint"},
+        config,
+        model.image_size,
+        Path(model.tokenizer.source),
+        model.max_tokens,
+        layers,
+    )
+
+
+def _cached(directory: str, config: TeacherConfig, layers: bool) -> Teacher:
+    if layers:
+        raise UserError(f"teacher cache {directory} holds no layers; give the teacher itself")
+    # Other options are those of the teacher in memory, and mean nothing here.
+    for name in ("pooling", "target"):
+        if getattr(config, name) != getattr(TeacherConfig, name):
+            raise UserError(f"--teacher-{name} has no effect on cached:{directory}: give it to `emkum teacher cache`")
+    return CachedTeacher(directory)
+
+
+# Kind -> function of what follows the colon, options, and whether all layers are wanted.
+TEACHERS: dict[str, Callable[[str, TeacherConfig, bool], Teacher]] = {
+    "timm": timm_teacher,
+    "data2vec2": _data2vec2,
+    "beit3": _beit3,
+    "bert": _bert,
+    "openclip": openclip_teacher,
+    "checkpoint": _checkpoint,
+    "cached": _cached,
+}
+FORMS = (
+    "timm:NAME",
+    "data2vec2:FILE",
+    "beit3:FILE",
+    "bert:DIR_OR_NAME",
+    "openclip:NAME",
+    "checkpoint:FILE",
+    "cached:DIR",
+)
