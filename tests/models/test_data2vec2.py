@@ -414,7 +414,7 @@ def test_keys_that_do_not_fit_are_listed(image_source, tmp_path):
 def test_prenet_blocks_are_never_skipped_over(tmp_path):
     path = save(source_model("IMAGE", 2), tmp_path / "prenet.pt")
     arguments = encoder_arguments_from_checkpoint(path, "IMAGE") | {"prenet_depth": 0}
-    with pytest.raises(UserError, match=r"unexpected: .*context_encoder\.blocks\.1"):
+    with pytest.raises(UserError, match=r"unexpected: .*context_encoder\.blocks\.[01]\."):
         load_data2vec2_weights(Data2Vec2ImageEncoder(**arguments), path)
 
 
