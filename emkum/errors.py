@@ -13,7 +13,8 @@ class UserError(SystemExit):
 
     def __init__(self, message: str) -> None:
         super().__init__(_PREFIX + message)
+        self.message = message
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str]]:
         # Worker processes hand it on pickled; the prefix must not be added twice.
-        return type(self), (str(self).removeprefix(_PREFIX),)
+        return type(self), (self.message,)

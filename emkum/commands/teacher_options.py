@@ -4,6 +4,8 @@ import argparse
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from emkum.errors import UserError
+
 if TYPE_CHECKING:
     from emkum.teachers.base import Teacher
 
@@ -66,4 +68,8 @@ def build_from(args: argparse.Namespace) -> "Teacher":
     from emkum.teachers.base import TeacherConfig
 
     config = TeacherConfig(**{field.name: getattr(args, field.name) for field in fields(TeacherConfig)})
-    return build_teacher(args.teacher, config, layers=False)
+    try:
+        return build_teacher(args.teacher, config, layers=False)
+    except UserError as error:
+        # Its options have a prefix in training alone.
+        raise UserError(error.message.replace("--teacher-", "--")) from None

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+from emkum.cli import main
 from emkum.commands import teacher_check, teacher_inputs
 from emkum.commands.teacher_check import Classes, add_parser, find_classes, wnids_of
 from emkum.commands.teacher_inputs import SENTENCES, center_part, tokenize_sentences
@@ -619,3 +620,9 @@ def test_the_real_deit_tiny_is_alive(shared_data: Path, tmp_path: Path, capsys: 
     assert accuracy["images"] == 32 and accuracy["top_1"] > 55 and accuracy["top_5"] > 80
     assert f"top-1 {accuracy['top_1']:.1f} %, top-5 {accuracy['top_5']:.1f} % of 32 images named by class" in text
     assert record["statistics"]["features"]["mean_cosine"] < 0.5
+
+
+def test_errors_name_the_commands_own_options() -> None:
+    with pytest.raises(UserError) as caught:
+        main(["teacher", "check", "timm:test_vit", "--weights", "", "--pooling", "max"])
+    assert "--pooling 'max'" in str(caught.value) and "--teacher-pooling" not in str(caught.value)
