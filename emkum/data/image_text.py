@@ -248,7 +248,6 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
     lengths = lengths[order]
     padding = np.arange(int(lengths[-1])) >= lengths[:, None]
     captions = [caption for item in items for caption in item.captions]
-    masked = [masked for item in items for masked in item.masked_captions or ()]
     groups = [(len(part), int(part[-1])) for part in np.array_split(lengths, num_groups) if len(part) > 0]
     first = items[0]
     small = {
@@ -259,17 +258,7 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         "text": _padded(captions, order, padding, pad),
         "padding_mask": padding,
     }
-    if masked:
-        small["masked_text"] = _padded([text.inputs for text in masked], order, padding, pad)
-        small["masked_text_targets"] = _padded([text.targets for text in masked], order, padding, IGNORE)
-    if first.teacher_captions is not None:
-        teacher_captions = [caption for item in items for caption in item.teacher_captions]
-        teacher_lengths = np.array([len(teacher_captions[i]) for i in order])
-        hidden = np.arange(int(teacher_lengths.max())) >= teacher_lengths[:, None]
-        small["teacher_text"] = _padded(teacher_captions, order, hidden, teacher_pad)
-        small["teacher_padding_mask"] = hidden
-    if first.patch_mask is not None:
-        small["patch_mask"] = np.stack([item.patch_mask for item in items])
+    small |= _where_asked_for(items, order, padding, pad, teacher_pad)
     tensors = {name: torch.from_numpy(array) for name, array in small.items()}
     return {
         "id": tensors["id"],
@@ -292,6 +281,27 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         "nsentences": len(items),
         "ntokens": int(lengths.sum()),
     }
+
+
+def _where_asked_for(
+    items: list[ImageTextItem], order: np.ndarray, padding: np.ndarray, pad: int, teacher_pad: int
+) -> dict[str, np.ndarray]:
+    """Masked captions, captions for the teacher and patch masks, of a batch that has them; see `collate`."""
+    found: dict[str, np.ndarray] = {}
+    first = items[0]
+    if first.masked_captions is not None:
+        masked = [text for item in items for text in item.masked_captions]
+        found["masked_text"] = _padded([text.inputs for text in masked], order, padding, pad)
+        found["masked_text_targets"] = _padded([text.targets for text in masked], order, padding, IGNORE)
+    if first.teacher_captions is not None:
+        captions = [caption for item in items for caption in item.teacher_captions]
+        lengths = np.array([len(captions[i]) for i in order])
+        hidden = np.arange(int(lengths.max())) >= lengths[:, None]
+        found["teacher_text"] = _padded(captions, order, hidden, teacher_pad)
+        found["teacher_padding_mask"] = hidden
+    if first.patch_mask is not None:
+        found["patch_mask"] = np.stack([item.patch_mask for item in items])
+    return found
 
 
 def _padded(rows: Sequence[Sequence[int]], order: np.ndarray, padding: np.ndarray, value: int) -> np.ndarray:
