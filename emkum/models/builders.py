@@ -9,11 +9,8 @@ from torch import nn
 from emkum.errors import UserError
 from emkum.layers.shared_blocks import SharedBlocks, initialize_weights
 from emkum.layers.token_types import TokenTypes
-from emkum.models.data2vec2 import (
-    Data2Vec2ImageEncoder,
-    Data2Vec2TextEncoder,
-    load_data2vec2_weights,
-)
+from emkum.models.data2vec2 import Data2Vec2ImageEncoder, Data2Vec2TextEncoder
+from emkum.models.data2vec2_checkpoints import load_data2vec2_weights
 from emkum.models.student import ImageTextStudent
 from emkum.models.timm_encoder import TimmImageEncoder
 from emkum.options import collect_parts

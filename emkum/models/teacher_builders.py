@@ -45,7 +45,8 @@ def assert_reads_images(teacher: Teacher, spec: str) -> None:
 
 
 def _data2vec2(path: str, config: TeacherConfig, layers: bool) -> Teacher:
-    from emkum.models.data2vec2 import Data2Vec2ImageEncoder, encoder_from_checkpoint
+    from emkum.models.data2vec2 import Data2Vec2ImageEncoder
+    from emkum.models.data2vec2_checkpoints import encoder_from_checkpoint
 
     encoder = encoder_from_checkpoint(path, config.image_size or None, config.allow_missing)
     modality = IMAGE if isinstance(encoder, Data2Vec2ImageEncoder) else TEXT

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from emkum.errors import UserError
 from emkum.models import data2vec2
-from emkum.models.data2vec2 import (
-    Data2Vec2ImageEncoder,
-    Data2Vec2TextEncoder,
-    data2vec2_module,
+from emkum.models.data2vec2 import Data2Vec2ImageEncoder, Data2Vec2TextEncoder, data2vec2_module
+from emkum.models.data2vec2_checkpoints import (
     encoder_arguments_from_checkpoint,
     image_encoder_from_checkpoint,
     load_data2vec2_weights,
@@ -129,7 +127,7 @@ def test_import_beside_a_project_with_its_own_examples(tmp_path):
     script = """
 import examples, os, sys, warnings
 warnings.filterwarnings("error", "Importing from timm")
-from emkum.models.data2vec2 import data2vec2_module
+from emkum.models.data2vec2 import (data2vec2_module)
 from fairseq.models import MODEL_REGISTRY
 from fairseq.examples.data2vec.data.modality import Modality
 images = data2vec2_module("models.modalities.images")

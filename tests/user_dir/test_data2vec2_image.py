@@ -19,7 +19,7 @@ from emkum.data.images import ImageDataset, collate
 from emkum.data.shards import open_split
 from emkum.data.transforms import ImageTransform
 from emkum.errors import UserError
-from emkum.models.data2vec2 import image_encoder_from_checkpoint
+from emkum.models.data2vec2_checkpoints import image_encoder_from_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, UPDATES = 32, 16
