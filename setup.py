@@ -36,6 +36,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "faiss-cpu>=1.9",
         "ruff==0.17.6",
         "pyarrow",
         "transformers>=5",
@@ -46,6 +47,8 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     # Teachers of open_clip.
     "openclip": ["open_clip_torch>=3.3"],
+    # k-means for `emkum fit-clusters`.
+    "clusters": ["faiss-cpu>=1.9"],
     "fsdp": ["fairscale"],
     "hub": ["huggingface_hub"],
 }

@@ -19,7 +19,9 @@ from emkum.models.student import ImageTextStudent
 from emkum.weights import read_checkpoint
 
 MODEL = "image_text_student"
-_STUDENT, _HEAD = "student.", "distillation_head."
+_STUDENT = "student."
+# What only training needs.
+_TRAINING_ALONE = ("heads.prediction.", "heads.logits.", "mask_token")
 
 
 class ImageTextModel:
@@ -48,7 +50,7 @@ class ImageTextModel:
         parts = []
         for chunk in _chunks(images, batch_size):
             batch = torch.stack([self._crop(image) for image in chunk]).to(self.device)
-            parts.append(F.normalize(self.student.encode_image(batch).cls.float(), dim=-1).cpu())
+            parts.append(F.normalize(self.student.encode_image(batch).features.float(), dim=-1).cpu())
         return torch.cat(parts) if parts else self._empty()
 
     @torch.inference_mode()
@@ -64,7 +66,7 @@ class ImageTextModel:
             padding = (torch.arange(longest) >= lengths[:, None]).to(self.device)
             pad = self.tokenizer.special.pad
             batch = torch.tensor([tokens[i] + [pad] * (longest - len(tokens[i])) for i in chunk], device=self.device)
-            parts.append(F.normalize(self.student.encode_text(batch, padding).cls.float(), dim=-1).cpu())
+            parts.append(F.normalize(self.student.encode_text(batch, padding).features.float(), dim=-1).cpu())
         if not parts:
             return self._empty()
         features = torch.cat(parts)
@@ -76,7 +78,7 @@ class ImageTextModel:
         return to_tensor(image.resize(size, Image.Resampling.BICUBIC, box=center_box(*image.size)))
 
     def _empty(self) -> Tensor:
-        return torch.empty(0, self.student.image_encoder.width)
+        return torch.empty(0, self.student.contrast_width)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -124,9 +126,9 @@ def load(checkpoint: str | Path, device: str = "cpu") -> ImageTextModel:
     model_options, task_options = state["cfg"]["model"], state["cfg"]["task"]
     tokenizer = load_tokenizer(_tokenizer_path(path, task_options))
     pad = tokenizer.special.pad
-    student = build_student(model_options, tokenizer.vocab_size, None, pretrained=False, pad_index=pad)
+    student = build_student(model_options, tokenizer.vocab_size, pretrained=False, pad_index=pad)
     weights = {key.removeprefix(_STUDENT): value for key, value in state["model"].items() if key.startswith(_STUDENT)}
-    weights = {key: value for key, value in weights.items() if not key.startswith(_HEAD)}
+    weights = {key: value for key, value in weights.items() if not key.startswith(_TRAINING_ALONE)}
     try:
         student.load_state_dict(weights)
     except RuntimeError as error:

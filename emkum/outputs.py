@@ -12,10 +12,16 @@ class Encoded:
     Attributes:
         tokens: (B, N, D), the CLS token first.
         padding_mask: (B, N), True at padding; None where nothing is padded.
+        hidden: (B, D_h), what the CLS token is inside the shared encoder's feed-forward part, before its activation;
+            None where there is no such part.
+        cls_attention: (B, N), how much the CLS token attends to each token in the shared encoder's last block, mean
+            over heads, without gradient; None where no objective asks for it.
     """
 
     tokens: Tensor
     padding_mask: Tensor | None = None
+    hidden: Tensor | None = None
+    cls_attention: Tensor | None = None
 
     @property
     def cls(self) -> Tensor:
@@ -24,22 +30,42 @@ class Encoded:
 
 
 @dataclass
+class ModalityOutput(Encoded):
+    """What the student makes of B images, or of T captions: the shared encoder's output and what heads make of its CLS.
+
+    Where no objective asks for tokens, `tokens` may be the CLS token alone, (B, 1, D), and `padding_mask` None.
+
+    Attributes:
+        features: (B, D_c), not normalized; what image-text contrast and retrieval compare.
+        prediction: (B, D_t), of the teacher's global feature; None where no objective asks for it.
+        logits: (B, C), over the teacher's classes; None likewise.
+    """
+
+    features: Tensor | None = None
+    prediction: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass
 class StudentOutput:
     """What the student makes of a batch of B images and their T captions.
 
     Attributes:
-        image, text: shared-encoder outputs of either modality.
-        image_features, text_features: (B, D) and (T, D), not normalized; what image-text contrast and retrieval use.
-        image_prediction, text_prediction: (B, D_t) and (T, D_t), the distillation head's prediction of the teacher's
-            target; None without a teacher.
+        image, text: of either modality.
+        masked_image, masked_text: the same of images with some patches masked and of captions with some tokens masked;
+            None where no objective asks for them.
+        average: what the student's moving average makes of the same images and captions, without gradient; None where
+            no objective asks for it.
+        crops: (V * B rows) of V further crops of each image, those of the first crop of all images first; None where
+            no objective asks for them.
     """
 
-    image: Encoded
-    text: Encoded
-    image_features: Tensor
-    text_features: Tensor
-    image_prediction: Tensor | None = None
-    text_prediction: Tensor | None = None
+    image: ModalityOutput
+    text: ModalityOutput
+    masked_image: ModalityOutput | None = None
+    masked_text: ModalityOutput | None = None
+    average: "StudentOutput | None" = None
+    crops: ModalityOutput | None = None
 
 
 @dataclass
@@ -77,12 +103,27 @@ class Batch:
     """What objectives may know of a batch beside the outputs.
 
     Attributes:
-        image_ids: (B,) int64, equal for equal images across the whole data set.
+        image_ids: (B,) int64, equal for equal images across the whole data set, not negative.
         caption_image: (T,) int64, for each caption the row of its image in this batch.
+        special: (T, L) bool, True at CLS, SEP and padding; None where it is not known.
+        text_targets: (T, L) int64, the true id where a token of `masked_text` is to be predicted, else -100.
+        patch_mask: (B, N) bool, True at masked patches of `masked_image`, row by row.
+        num_text_targets: at least the number of tokens to predict, known without asking the device; None = not known.
+        sample_ids: (B,) int64, number of each image in the training data, from 0; None where it is not known.
     """
 
     image_ids: Tensor
     caption_image: Tensor
+    special: Tensor | None = None
+    text_targets: Tensor | None = None
+    patch_mask: Tensor | None = None
+    num_text_targets: int | None = None
+    sample_ids: Tensor | None = None
+
+    @property
+    def caption_ids(self) -> Tensor:
+        """(T,) int64, for each caption the id of its image."""
+        return self.image_ids[self.caption_image]
 
 
 @dataclass

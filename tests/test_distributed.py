@@ -1,74 +1,82 @@
-"""The same loss and gradients on 1, 2 and 4 gloo processes as on one process with the whole batch."""
+"""The same losses, gradients and state on 1, 2 and 4 gloo processes as on one process with the whole batch."""
+
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from emkum.objectives import build_objectives
-from emkum.outputs import Batch, Encoded, StudentOutput, TeacherOutput
+from emkum.objectives import OBJECTIVES, build_objectives
+from tests.objectives.cases import CAPTIONS, OPTIONS, SETTING, make_case, part_of, with_gradients
+from tests.objectives.target_files import write_target_files
 
-ROWS, CAPTIONS, WIDTH, TARGET = 8, 2, 6, 5
-
-
-def make_inputs() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
-
-    # Rows 1 and 6 show the same image, on different ranks wherever there are several.
-    ids = torch.arange(ROWS)
-    ids[6] = ids[1]
-    return {
-        "image": draw(ROWS, WIDTH),
-        "text": draw(ROWS * CAPTIONS, WIDTH),
-        "target": draw(ROWS, TARGET),
-        "weight": draw(TARGET, WIDTH),
-        "ids": ids,
-    }
+IMAGES, STEPS = 8, 2
 
 
-def run_objective(name: str, inputs: dict, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss on some rows, and the gradients of a shared weight and of the logit scale, after two steps."""
+def run_objective(name: str, options: dict[str, object], rows: slice) -> dict[str, torch.Tensor]:
+    """Some rows of two batches through an objective: last loss, gradients and buffers after, by name."""
     torch.manual_seed(0)
-    objectives = build_objectives([name], {"kd_contrastive_bank_size": 12}, TARGET).train()
-    weight = inputs["weight"].clone().requires_grad_()
-    features = inputs["image"][rows], inputs["text"].view(ROWS, CAPTIONS, WIDTH)[rows].flatten(0, 1)
-    captions = torch.arange(features[0].shape[0]).repeat_interleave(CAPTIONS)
-    batch = Batch(inputs["ids"][rows], captions)
-    for step in range(2):
-        image, text = (part @ weight.T for part in features)
-        encoded = Encoded(image[:, None])
-        student = StudentOutput(encoded, encoded, image, text, image, text)
-        loss = objectives[name](student, TeacherOutput(inputs["target"][rows] + step), batch).loss
-    loss.backward()
-    scale = [p.grad for p in objectives.parameters()]
-    return loss.detach(), weight.grad, scale[0] if scale else torch.zeros(())
+    objective = build_objectives([name], options, SETTING)[name].double().train()
+    for step in range(STEPS):
+        objective.begin_update(step, 0.9)
+        student, teacher, batch = part_of(make_case(IMAGES, seed=step), rows)
+        student, leaves = with_gradients(student)
+        objective.zero_grad()
+        loss = objective(student, teacher, batch).loss
+        loss.backward()
+    objective.begin_update(STEPS, 0.9)
+    found = {"loss": loss.detach()}
+    found |= {f"parameter {key}": p.grad for key, p in objective.named_parameters() if p.grad is not None}
+    found |= {f"input {key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    return found | {f"buffer {key}": value for key, value in objective.named_buffers()}
 
 
-def worker(rank: int, world: int, port: int, names: list[str], queue: mp.SimpleQueue) -> None:
+def worker(rank: int, world: int, port: int, options: dict[str, object], queue: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world)
-    inputs, share = make_inputs(), ROWS // world
-    for name in names:
-        loss, *gradients = run_objective(name, inputs, slice(rank * share, (rank + 1) * share))
-        # What DDP does with gradients, and logging with losses: average over ranks.
-        for tensor in (loss, *gradients):
-            torch.distributed.all_reduce(tensor)
+    share = IMAGES // world
+    for name in OBJECTIVES:
+        found = run_objective(name, options, slice(rank * share, (rank + 1) * share))
+        gathered = {}
+        for key, value in found.items():
+            parts = [torch.empty_like(value) for _ in range(world)]
+            torch.distributed.all_gather(parts, value.contiguous())
+            if key.startswith("input"):
+                # Of losses that are averaged over ranks; crops come view by view.
+                views = 2 if ".crops" in key or key.startswith("input crops") else 1
+                pieces = [part.chunk(views) for part in parts]
+                gathered[key] = torch.cat([torch.cat(view) for view in zip(*pieces, strict=True)]) / world
+            elif key.startswith("buffer"):
+                assert all(torch.equal(part, parts[0]) for part in parts), f"{name}: {key} differs between ranks"
+                gathered[key] = parts[0]
+            else:
+                gathered[key] = torch.stack(parts).mean(0)
         if rank == 0:
-            queue.put((name, *(tensor.div(world).tolist() for tensor in (loss, *gradients))))
+            queue.put((name, {key: value.tolist() for key, value in gathered.items()}))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_losses_and_gradients_equal_one_global_batch(world: int, free_port: int) -> None:
-    names = ["itc", "kd_mse", "kd_contrastive"]
-    inputs = make_inputs()
+def test_losses_gradients_and_state_equal_one_global_batch(world: int, free_port: int, tmp_path: Path) -> None:
+    assert IMAGES % world == 0 and CAPTIONS > 1
+    options = OPTIONS | write_target_files(tmp_path)
     context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(worker, args=(world, free_port, names, queue), nprocs=world)
-    for _ in names:
-        name, *got = queue.get()
-        want = run_objective(name, inputs, slice(None))
-        for ours, reference in zip(got, want, strict=True):
-            torch.testing.assert_close(torch.tensor(ours), reference, rtol=1e-5, atol=1e-6, msg=name)
+    queue = context.Queue()
+    running = mp.spawn(worker, args=(world, free_port, options, queue), nprocs=world, join=False)
+    results = {}
+    while len(results) < len(OBJECTIVES) and not running.join(timeout=0.1):
+        while not queue.empty():
+            name, found = queue.get()
+            results[name] = found
+    while not queue.empty():
+        name, found = queue.get()
+        results[name] = found
+    for name in OBJECTIVES:
+        want = run_objective(name, options, slice(0, IMAGES))
+        assert results[name].keys() == want.keys()
+        assert any(key.startswith("input") for key in want)
+        for key, reference in want.items():
+            ours = torch.tensor(results[name][key], dtype=reference.dtype)
+            torch.testing.assert_close(
+                ours, reference, rtol=1e-5, atol=1e-7, msg=lambda text, n=name, k=key: f"{n}, {k}: {text}"
+            )

@@ -2,12 +2,15 @@
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
+
+from emkum.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,24 +24,44 @@ class GroupedAdamWConfig(FairseqDataclass):
     lr: list[float] = II("optimization.lr")
 
 
+def describe_groups(
+    groups: Mapping[tuple[float, float], Sequence[torch.nn.Parameter]], weight_decay: float
+) -> Iterator[str]:
+    """Lines that say of each group how many parameters it has, how they learn, and what they belong to.
+
+    Args:
+        groups: parameters by their factors of learning rate and weight decay.
+        weight_decay: what the latter multiplies.
+    """
+    for (lr_scale, decay_scale), members in groups.items():
+        count = sum(parameter.numel() for parameter in members)
+        # A dict keeps the order and drops repetitions.
+        parts = dict.fromkeys(getattr(p, "optim_overrides", {}).get("part", "unnamed") for p in members)
+        yield (
+            f"group of {count:>11,} parameters, lr x {lr_scale:<8.4g} weight decay {decay_scale * weight_decay:<6g} "
+            f"{', '.join(parts)}"
+        )
+
+
 @register_optimizer("grouped_adamw", dataclass=GroupedAdamWConfig)
 class GroupedAdamW(FairseqOptimizer):
     """torch.optim.AdamW over groups of parameters that share `optim_overrides`.
 
-    A parameter's attribute `optim_overrides = {"optimizer": {"lr_scale": s, "weight_decay_scale": w}}` (fairseq's own
-    convention, which its fp16 copies keep with `--fp16-no-flatten-grads`) multiplies learning rate and weight decay.
+    A parameter's attribute `optim_overrides = {"optimizer": {"lr_scale": s, "weight_decay_scale": w}, "part": words}`
+    (fairseq's own convention, which its fp16 copies keep with `--fp16-no-flatten-grads`) multiplies learning rate and
+    weight decay, and says what the parameter belongs to. The groups are logged, one a line.
     """
 
     def __init__(self, cfg: GroupedAdamWConfig, params) -> None:
         super().__init__(cfg)
+        # Whether the gradients of the present update are not finite.
+        self.is_skipping = False
         groups = defaultdict(list)
         for parameter in params:
             overrides = getattr(parameter, "optim_overrides", {}).get("optimizer", {})
             groups[overrides.get("lr_scale", 1.0), overrides.get("weight_decay_scale", 1.0)].append(parameter)
-        for (lr_scale, decay_scale), members in groups.items():
-            numel = sum(parameter.numel() for parameter in members)
-            decay = decay_scale * cfg.adamw_weight_decay
-            logger.info("parameter group: %s parameters, lr x %g, weight decay %g", f"{numel:,}", lr_scale, decay)
+        for line in describe_groups(groups, cfg.adamw_weight_decay):
+            logger.info("%s", line)
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": members, "lr_scale": lr_scale, "weight_decay": decay_scale * cfg.adamw_weight_decay}
@@ -60,6 +83,19 @@ class GroupedAdamW(FairseqOptimizer):
     def supports_flat_params(self) -> bool:
         return False
 
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn=None) -> torch.Tensor:
+        """Clip, unless the norm is not finite: then the next step leaves everything as it is, and the norm counts as 0.
+
+        fairseq would end the run. It reads the norm on the host at each update, too.
+        """
+        norm = super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        self.is_skipping = not bool(torch.isfinite(norm))
+        return torch.zeros_like(norm) if self.is_skipping else norm
+
+    def step(self, closure=None, scale=1.0, groups=None) -> None:
+        if not self.is_skipping:
+            super().step(closure, scale, groups)
+
     def set_lr(self, lr: float) -> None:
         self._base_lr = lr
         for group in self.param_groups:
@@ -69,9 +105,19 @@ class GroupedAdamW(FairseqOptimizer):
         return self._base_lr
 
     def load_state_dict(self, state_dict, optimizer_overrides=None) -> None:
-        """Restore the state; the groups keep this run's own scales and weight decay."""
+        """Restore the state; the groups keep this run's own scales and weight decay.
+
+        Raises:
+            UserError: the state is of other groups.
+        """
         own = [{key: group[key] for key in ("lr_scale", "weight_decay")} for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError:
+            raise UserError(
+                "the checkpoint's optimizer has other groups of parameters: give the same --lr-scale-* and --freeze-* "
+                "options as before, or --reset-optimizer"
+            ) from None
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept, **{k: v for k, v in self.optimizer_config.items() if k != "lr"})
         self.set_lr(self.optimizer_config["lr"])

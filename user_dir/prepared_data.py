@@ -1,11 +1,14 @@
 """What all tasks on prepared data share."""
 
+import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from omegaconf import II, OmegaConf, open_dict
 
@@ -15,12 +18,18 @@ from emkum.distributed import rank
 from emkum.errors import UserError
 from emkum.provenance import package_versions, write_json
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class PreparedDataConfig(FairseqDataclass):
     data: str = field(
         default="",
         metadata={"help": "folder that `emkum prepare` wrote, or several as A:B to train on all; A is validated on"},
+    )
+    max_nonfinite: int = field(
+        default=10,
+        metadata={"help": "end the run after so many updates in a row whose gradients are not finite; each is skipped"},
     )
     seed: int = II("common.seed")
     save_dir: str = II("checkpoint.save_dir")
@@ -36,6 +45,9 @@ class PreparedDataTask(FairseqTask):
             # Read by fairseq's iterator factory. New batches and new workers each epoch: kept workers would go on
             # drawing the first epoch's crops.
             cfg.rebuild_batches, cfg.reuse_dataloader, cfg.persistent_workers = True, False, False
+        # Split and ids of the batches of the present update; updates skipped so far, in all and in a row.
+        self._batches: list[tuple[str, Any]] = []
+        self._skipped = self._skipped_in_a_row = 0
         self.folders = [folder for folder in (cfg.data or "").split(os.pathsep) if folder]
         for folder in self.folders or ["(no folder)"]:
             if not available_splits(folder):
@@ -49,6 +61,50 @@ class PreparedDataTask(FairseqTask):
         iterator = super().get_batch_iterator(dataset, *arguments, **options)
         iterator.disable_shuffling = not dataset.shuffles_batches
         return iterator
+
+    def train_step(self, sample: dict[str, Any], *arguments: Any, **options: Any) -> tuple:
+        self._batches.append((sample.get("split", "train"), sample["id"]))
+        return super().train_step(sample, *arguments, **options)
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        super().optimizer_step(optimizer, model, update_num)
+        batches, self._batches = self._batches, []
+        if not getattr(optimizer, "is_skipping", False):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        path = self._note_skipped(batches, update_num)
+        metrics.log_scalar("skipped_updates", self._skipped, weight=0, round=0)
+        if self._skipped_in_a_row >= self.cfg.max_nonfinite:
+            raise UserError(
+                f"gradients were not finite in {self._skipped_in_a_row} updates in a row (--max-nonfinite); their "
+                f"samples are in {path}, and the last checkpoint in {self.cfg.save_dir} is from before"
+            )
+
+    def _note_skipped(self, batches: list[tuple[str, Any]], update_num: int) -> Path:
+        """Write down which samples an update had whose gradients are not finite."""
+        path = Path(self.cfg.save_dir) / (f"nonfinite.rank{rank()}.jsonl" if rank() else "nonfinite.jsonl")
+        entry = {"update": update_num, "batches": [{"split": split, "ids": ids.tolist()} for split, ids in batches]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        logger.warning("update %d is skipped: its gradients are not finite; its samples are in %s", update_num, path)
+        return path
+
+    def assert_same_teacher(self, identity: dict[str, Any] | None) -> None:
+        """A run that goes on from its checkpoint goes on with its teacher."""
+        folder = Path(self.cfg.save_dir)
+        if not (folder / "checkpoint_last.pt").is_file() or not (folder / "run.json").is_file():
+            return
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("teacher")
+        if before != identity:
+            old, new = before or {}, identity or {}
+            differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+            raise UserError(
+                f"{folder} was begun with another teacher (it differs in {', '.join(differing)}); choose another "
+                "--save-dir, and --restore-file to start from its checkpoint"
+            )
 
     def record_run(self, train_hash: str, **more: Any) -> None:
         """Leave beside the checkpoints what the run was made with: options, versions, hash of the training data.

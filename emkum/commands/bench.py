@@ -1,8 +1,9 @@
-"""`emkum bench`: how fast data is read, and how much memory an index takes."""
+"""`emkum bench`: how fast data is read and a student trained, and how much memory that and an index take."""
 
 import argparse
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ RIVALS = ("webdataset", "folder")
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="measure how fast data is read")
+    parser = commands.add_parser("bench", help="measure how fast data is read and a student is trained")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_data_parser(kinds)
     index = kinds.add_parser(
@@ -28,6 +29,7 @@ def add_parser(commands: Any) -> None:
     index.add_argument("--batch-size", type=int, default=512, metavar="N", help="images (default: %(default)s)")
     index.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     index.set_defaults(run=run_index)
+    _add_student_parser(kinds)
 
 
 def _add_data_parser(kinds: Any) -> None:
@@ -67,6 +69,53 @@ def _add_data_parser(kinds: Any) -> None:
     data.set_defaults(run=run_data)
 
 
+def _add_student_parser(kinds: Any) -> None:
+    student = kinds.add_parser(
+        "student",
+        help="speed and memory of a training step of the student, for variants of a recipe",
+        description="Train the student of a recipe on random images and captions, and measure how many pairs of image "
+        "and caption it takes a second, and the peak of memory. A step is that of training: forward, losses, backward "
+        "and optimizer. It is without the teacher, for whose targets random ones stand, and without reading data. "
+        "Weights are random. Variants take turns, each run in a process of its own; printed are medians over rounds.",
+        epilog="example: emkum bench student examples/flickr8k.yaml --vary contrastive_chunk=0,16 --batch-size 64,128",
+    )
+    student.add_argument("recipe", help="YAML file; see examples/")
+    student.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the recipe's")
+    student.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="key=a,b",
+        help="an option and its values, such as student_attention=stock,fused or objectives=itc,[itc,kd_mse]; may be "
+        "given several times: each combination is a variant, and the first one is what others are compared with",
+    )
+    student.add_argument(
+        "--batch-size", metavar="N[,N...]", help="images, one or more values (default: the recipe's batch_size)"
+    )
+    numbers = {
+        "steps": ("N", 5, "updates that are timed in a run"),
+        "warm-up": ("N", 2, "updates before these"),
+        "rounds": ("N", 3, "runs of each variant"),
+        "vocab-size": ("N", 30_522, "ids of the tokenizer"),
+        "target-width": ("D", 768, "channels of the targets"),
+        "classes": ("N", 1000, "of the targets' logits"),
+    }
+    for name, (metavar, default, words) in numbers.items():
+        student.add_argument(
+            f"--{name}", type=int, default=default, metavar=metavar, help=f"{words} (default: %(default)s)"
+        )
+    student.add_argument(
+        "--caption-tokens",
+        type=int,
+        nargs=2,
+        default=[8, 20],
+        metavar=("LEAST", "MOST"),
+        help="lengths of captions, special tokens included; at most caption_max_tokens (default: 8 20)",
+    )
+    student.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    student.set_defaults(run=run_student)
+
+
 def run_data(args: argparse.Namespace) -> None:
     for option in ("image_size", "batch_size", "seconds", "rounds", "images"):
         if getattr(args, option) <= 0:
@@ -97,6 +146,43 @@ def run_index(args: argparse.Namespace) -> None:
         print(f"{step['step']:<30} {step['seconds']:>7.2f}  {step['peak_bytes'] / 1e6:>8,.0f} MB")
     if args.json:
         write_json(args.json, {"samples": args.samples, "steps": steps, "machine": describe_machine()})
+
+
+def run_student(args: argparse.Namespace) -> None:
+    # Five ids are special ones; a caption has a first and a last token.
+    least = {"steps": 1, "warm_up": 1, "rounds": 1, "vocab_size": 6, "target_width": 1, "classes": 1}
+    for option, number in least.items():
+        if getattr(args, option) < number:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: want {number} or more")
+    shortest, longest = args.caption_tokens
+    if not 2 <= shortest <= longest:
+        raise UserError(f"--caption-tokens {shortest} {longest}: want 2 or more, and the second not below the first")
+    from emkum.commands.bench_student import Work, format_report, measure, parse_varied
+
+    varied = parse_varied(args.vary, args.batch_size)
+    settings = {name: getattr(args, name) for name in (*least, "caption_tokens")}
+    work = Work(**{name: value for name, value in settings.items() if name != "rounds"})
+    figures = measure(args.recipe, args.overrides, varied, work, args.rounds)
+    command, machine = _student_command(args), describe_machine()
+    print(format_report(figures, command, machine, work, args.rounds))
+    if args.json:
+        record = {"variants": figures, "command": command, "settings": settings, "machine": machine}
+        try:
+            write_json(args.json, record)
+        except OSError as error:
+            raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from None
+
+
+def _student_command(args: argparse.Namespace) -> str:
+    """The command with all its numbers, which makes the same variants again."""
+    words = ["emkum", "bench", "student", args.recipe, *args.overrides]
+    for word in args.vary:
+        words += ["--vary", word]
+    if args.batch_size is not None:
+        words += ["--batch-size", args.batch_size]
+    for name in ("steps", "warm_up", "rounds", "vocab_size", "target_width", "classes"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return shlex.join([*words, "--caption-tokens", *map(str, args.caption_tokens)])
 
 
 def describe_machine() -> dict[str, Any]:

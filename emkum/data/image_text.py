@@ -8,16 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emkum.data.augment import Augment, augmented_views, generator
+from emkum.data.augment import Augment, MultiCrop, augmented_views, generator
 from emkum.data.masking import IGNORE, BlockMasking, MaskedText, TextMaskingConfig, mask_text
 from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
 from emkum.data.tokenizers import PAD, Tokenizer, encode
 from emkum.data.transforms import CropRow, ImageTransform, crop_rows, stack_crops
+from emkum.errors import UserError
 
 # Streams of randomness of one sample; each derives from (seed, stream, epoch or view, index) alone, so that a resumed
 # or differently sharded run sees the same crops, captions and masks.
-_CROP_STREAM, _CAPTION_STREAM, _TEXT_MASK_STREAM, _PATCH_MASK_STREAM = range(4)
+_CROP_STREAM, _CAPTION_STREAM, _TEXT_MASK_STREAM, _PATCH_MASK_STREAM, _FURTHER_CROP_STREAM = range(5)
 
 
 @dataclass
@@ -40,6 +41,25 @@ class CaptionConfig:
 
 
 @dataclass
+class MultiCropConfig:
+    number: int = field(
+        default=0,
+        metadata={"help": "further crops of each training image, resized as the first one, for dino; 0 = none"},
+    )
+    min_scale: float = field(default=0.05, metadata={"help": "smallest part of an image's area that they keep"})
+    max_scale: float = field(default=0.4, metadata={"help": "largest part of an image's area that they keep"})
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise UserError(f"--multi-crop-number {self.number}: want 0 (none) or more")
+        if not 0 < self.min_scale <= self.max_scale <= 1:
+            raise UserError(
+                f"--multi-crop-min-scale {self.min_scale} and --multi-crop-max-scale {self.max_scale}: want numbers "
+                "above 0 up to 1, the first not above the second"
+            )
+
+
+@dataclass
 class ImageTextItem:
     """One image and the captions drawn for this visit.
 
@@ -55,6 +75,7 @@ class ImageTextItem:
         teacher_captions: the captions by the teacher's own tokenizer; None where it reads none.
         masked_captions: of each caption, the ids with some masked and what is to be predicted; None without masking.
         patch_mask: (H, W) bool, True where a patch is masked; None without masking.
+        crops: further crops of the image, (3, S, S) uint8 each; None where there are none.
     """
 
     id: int
@@ -67,6 +88,7 @@ class ImageTextItem:
     teacher_captions: list[list[int]] | None = None
     masked_captions: list[MaskedText] | None = None
     patch_mask: np.ndarray | None = None
+    crops: list[Tensor] | None = None
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -87,6 +109,8 @@ class ImageTextDataset(torch.utils.data.Dataset):
         split: name, carried along in each item.
         augment: what changes the student's crop alone; None = nothing.
         text_masking, patch_masking: masks to draw for each caption and image; None = none.
+        multi_crop: further crops, of the student's size, mirrored and augmented as its first one; new ones each epoch,
+            whatever `num_views` is; None = none.
     """
 
     def __init__(
@@ -105,6 +129,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         patch_masking: BlockMasking | None = None,
         teacher_tokenizer: Tokenizer | None = None,
         teacher_max_tokens: int = 0,
+        multi_crop: MultiCropConfig | None = None,
     ) -> None:
         self.samples = samples
         self.split = split
@@ -120,6 +145,7 @@ class ImageTextDataset(torch.utils.data.Dataset):
         self.patch_masking = patch_masking
         self.teacher_tokenizer = teacher_tokenizer
         self.teacher_max_tokens = teacher_max_tokens
+        self.further_crops = None if multi_crop is None else self._further_crops(multi_crop)
         self.epoch = 1
 
     def __len__(self) -> int:
@@ -160,8 +186,17 @@ class ImageTextDataset(torch.utils.data.Dataset):
                 limit = self.teacher_max_tokens
                 item.teacher_captions = [encode(self.teacher_tokenizer, text, limit) for text in texts]
             self._mask(item)
+            if self.further_crops is not None:
+                item.crops = self.further_crops(sample.image, self._generator(_FURTHER_CROP_STREAM, number))
             items.append(item)
         return items
+
+    def _further_crops(self, config: MultiCropConfig) -> MultiCrop | None:
+        if config.number == 0:
+            return None
+        crop = ImageTransform(self.transform.size, config.min_scale, self.transform.flip, config.max_scale)
+        augments = () if self.augment is None else (self.augment,) * config.number
+        return MultiCrop(crop, crop, num_global=0, num_local=config.number, augments=augments)
 
     def _mask(self, item: ImageTextItem) -> None:
         """Add what is masked, where anything is."""
@@ -238,6 +273,10 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         [(captions, length), ...]; image_ids (B,) int64; caption_image (T,) int64, the row of each caption's image.
         masked_text, masked_text_targets: (T, L) int64 or None, with IGNORE where nothing is to be predicted.
         patch_mask: (B, H, W) bool, True where masked, or None.
+        num_text_targets: how many tokens are to be predicted, or None.
+        special: (T, L) bool, True at the first and the last token of each caption and at padding.
+        crops: (V * B, 3, S, S) uint8, of V further crops of each image, those of the first crop of all images first, or
+        None.
         nsentences: B. ntokens: tokens without padding. Empty for no items.
     """
     if not items:
@@ -246,7 +285,8 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
     lengths = np.array([len(caption) for item in items for caption in item.captions])
     order = np.argsort(lengths, kind="stable")
     lengths = lengths[order]
-    padding = np.arange(int(lengths[-1])) >= lengths[:, None]
+    places = np.arange(int(lengths[-1]))
+    padding = places >= lengths[:, None]
     captions = [caption for item in items for caption in item.captions]
     groups = [(len(part), int(part[-1])) for part in np.array_split(lengths, num_groups) if len(part) > 0]
     first = items[0]
@@ -257,8 +297,10 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         "caption_image": owners[order],
         "text": _padded(captions, order, padding, pad),
         "padding_mask": padding,
+        "special": (places == 0) | (places >= lengths[:, None] - 1),
     }
     small |= _where_asked_for(items, order, padding, pad, teacher_pad)
+    targets = small.get("masked_text_targets")
     tensors = {name: torch.from_numpy(array) for name, array in small.items()}
     return {
         "id": tensors["id"],
@@ -269,7 +311,10 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         "teacher_padding_mask": tensors.get("teacher_padding_mask"),
         "masked_text": tensors.get("masked_text"),
         "masked_text_targets": tensors.get("masked_text_targets"),
+        "num_text_targets": None if targets is None else int((targets != IGNORE).sum()),
         "patch_mask": tensors.get("patch_mask"),
+        "special": tensors["special"],
+        "crops": None if first.crops is None else stack_crops(_by_view([item.crops for item in items])),
         "net_input": {
             "image": stack_crops([item.image for item in items]),
             "text": tensors["text"],
@@ -281,6 +326,11 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         "nsentences": len(items),
         "ntokens": int(lengths.sum()),
     }
+
+
+def _by_view(crops: list[list[Tensor]]) -> list[Tensor]:
+    """The first crop of all images, then the second of all, and so on."""
+    return [crop for view in zip(*crops, strict=True) for crop in view]
 
 
 def _where_asked_for(

@@ -69,7 +69,7 @@ def mask_text(
     if special.mask is None:
         raise UserError(
             "text masking needs a tokenizer with a mask token: BERT's, GPT-2's with fairseq's dictionary, or a "
-            "SentencePiece model with SentencePiece's own ids (`emkum prepare tokenizer --layout sentencepiece`)"
+            "SentencePiece model with a piece <mask> (`emkum prepare tokenizer` makes one)"
         )
     targets = np.full_like(inputs, IGNORE)
     places = np.flatnonzero(~_is_any(inputs, special.ids))
@@ -109,6 +109,21 @@ def _random_pieces(tokenizer: Tokenizer, count: int, rng: np.random.Generator) -
     for skipped in special:
         drawn += drawn >= skipped
     return drawn
+
+
+@dataclass
+class PatchMaskingConfig:
+    ratio: float = field(default=0.38, metadata={"help": "part of an image's patches that is masked"})
+    min_block: int = field(default=16, metadata={"help": "smallest block of masked patches"})
+    min_aspect: float = field(default=0.3, metadata={"help": "smallest ratio of a block's sides"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise UserError(f"--patch-mask-ratio {self.ratio}: want 0 to 1")
+
+    def number_of(self, patches: int) -> int:
+        """How many of an image's patches are masked."""
+        return round(self.ratio * patches)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """An exponential moving average of a module (Tarvainen and Valpola 2017)."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,13 @@ class EmaCopy(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def follow(self, module: nn.Module, num_updates: int) -> None:
+    def follow(self, module: nn.Module, num_updates: int, decay: float | None = None) -> None:
         """Move towards the module, where an update was done since the last call.
 
         Args:
             module: what was copied.
             num_updates: updates done; a number that is not above the last one changes nothing.
+            decay: of this update; None = the copy's own.
         """
         if self._updates < 0:
             self._updates = int(self.updates)
@@ -47,10 +49,21 @@ class EmaCopy(nn.Module):
         self.updates.fill_(num_updates)
         own, new = self.module.state_dict(), module.state_dict()
         moving = [name for name, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in moving], [new[name] for name in moving], 1 - self.decay)
+        torch._foreach_lerp_(
+            [own[name] for name in moving], [new[name] for name in moving], 1 - (self.decay if decay is None else decay)
+        )
         for name in own.keys() - set(moving):
             own[name].copy_(new[name])
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._updates = -1
+
+
+def cosine_decay(start: float, end: float, progress: float) -> float:
+    """A decay that goes from `start` to `end` along half a cosine, as in BYOL and DINO.
+
+    Args:
+        progress: part of the run that is done, from 0 to 1; beyond, `end`.
+    """
+    return end - (end - start) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2

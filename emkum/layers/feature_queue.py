@@ -31,17 +31,23 @@ class FeatureQueue(nn.Module):
         return self.features.shape[0]
 
     @torch.no_grad()
-    def push(self, features: Tensor, ids: Tensor) -> None:
+    def push(self, features: Tensor, ids: Tensor) -> Tensor:
         """Write rows over the oldest ones; of more rows than the bank holds, the last ones stay.
+
+        What is not finite becomes 0: it would spoil the loss for as long as the row stays.
 
         Args:
             features: (B, D), already gathered from all ranks so that every rank's bank is the same.
             ids: (B,) int64, not negative.
+
+        Returns:
+            (min(B, size),) int64, the places that were written.
         """
         size = len(self)
-        features, ids = features[-size:], ids[-size:]
+        features, ids = features[-size:].to(self.features.dtype), ids[-size:]
         # Index arithmetic on the device: no host synchronization.
         rows = (self.position + torch.arange(features.shape[0], device=features.device)) % size
-        self.features[rows] = features.to(self.features.dtype)
+        self.features[rows] = features.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.ids[rows] = ids
         self.position.copy_((self.position + features.shape[0]) % size)
+        return rows

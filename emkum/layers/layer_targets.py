@@ -6,16 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emkum.layers.precision import at_least_float32
+
 
 def instance_norm(tokens: Tensor, padding_mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
-    """Each channel of each sample to mean 0 and variance 1 over its tokens, in float32.
+    """Each channel of each sample to mean 0 and variance 1 over its tokens, in float32 at least.
 
     Args:
         tokens: (B, N, D).
         padding_mask: (B, N), True at padding, which counts for nothing and comes out as 0.
         eps: added to the variance.
     """
-    tokens = tokens.float()
+    tokens = at_least_float32(tokens)
     if padding_mask is None:
         return F.instance_norm(tokens.transpose(1, 2), eps=eps).transpose(1, 2)
     visible = ~padding_mask[..., None]
@@ -26,7 +28,7 @@ def instance_norm(tokens: Tensor, padding_mask: Tensor | None = None, eps: float
 
 
 def mean_of_layers(layers: Sequence[Tensor], padding_mask: Tensor | None = None, norm_channels: bool = True) -> Tensor:
-    """Mean over instance-normed layers, (B, N, D) float32.
+    """Mean over instance-normed layers, (B, N, D) of float32 at least.
 
     Args:
         layers: (B, N, D) each.

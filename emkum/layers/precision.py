@@ -1,6 +1,7 @@
 """Which precision a model's forward runs in."""
 
 import torch
+import torch.nn.functional as F
 
 from emkum.errors import UserError
 
@@ -43,3 +44,13 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The precision of losses and softmax: float32, or float64 where the input has it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def normalized(features: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (..., D) in the precision of losses."""
+    return F.normalize(at_least_float32(features), dim=-1)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from emkum.layers.precision import at_least_float32
+
 
 class LogitScale(nn.Module):
     """exp(log_scale), clamped to [1, 100] (CLIP, Radford et al. 2021, section 2.5).
@@ -18,8 +20,8 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(initial)))
 
     def forward(self) -> Tensor:
-        """The scale, a float32 scalar."""
+        """The scale, a scalar of float32 at least."""
         # Clamping the value alone would stop the gradient for good once the parameter has left the range.
         with torch.no_grad():
             self.log_scale.clamp_(0.0, math.log(100.0))
-        return self.log_scale.float().exp()
+        return at_least_float32(self.log_scale).exp()

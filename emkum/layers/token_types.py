@@ -24,3 +24,17 @@ class TokenTypes(nn.Module):
         """(B, N, D) plus the vector of `token_type` (IMAGE or TEXT)."""
         vector = self.embedding.weight[token_type]
         return tokens + (vector if self.scale is None else vector * self.scale)
+
+    @torch.no_grad()
+    def scale_statistics(self) -> dict[str, Tensor]:
+        """Mean, standard deviation, minimum, maximum and mean absolute value of the LayerScale; nothing without one."""
+        if self.scale is None:
+            return {}
+        low, high = self.scale.aminmax()
+        return {
+            "mean": self.scale.mean(),
+            "std": self.scale.std(),
+            "min": low,
+            "max": high,
+            "mean_abs": self.scale.abs().mean(),
+        }

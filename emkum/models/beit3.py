@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emkum.errors import UserError
-from emkum.layers.shared_blocks import initialize_weights
+from emkum.layers.shared_encoders import initialize_weights
 from emkum.outputs import Encoded
 from emkum.weights import load_strictly, official_state, read_checkpoint
 

@@ -1,36 +1,39 @@
-"""From options to parts. Configs stop here: the parts themselves take plain arguments."""
+"""From options to the student. Configs stop here: the parts themselves take plain arguments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from emkum.errors import UserError
-from emkum.layers.shared_blocks import SharedBlocks, initialize_weights
+from emkum.layers.positions import SharedPositions
+from emkum.layers.shared_encoders import NoSharedEncoder, SharedBlocks, SharedMlp, initialize_weights
 from emkum.layers.token_types import TokenTypes
-from emkum.models.data2vec2 import Data2Vec2ImageEncoder, Data2Vec2TextEncoder
-from emkum.models.data2vec2_checkpoints import load_data2vec2_weights
-from emkum.models.student import ImageTextStudent
-from emkum.models.timm_encoder import TimmImageEncoder
+from emkum.models.encoder import Encoder
+from emkum.models.encoder_builders import (
+    ATTENTIONS,
+    SIZES,
+    EncoderSetting,
+    ImageEncoderConfig,
+    Size,
+    TextEncoderConfig,
+    build_image_encoder,
+    build_text_encoder,
+)
+from emkum.models.student import Heads, ImageTextStudent
 from emkum.options import collect_parts
 
-
-@dataclass(frozen=True)
-class Size:
-    """Width, heads and layers of the Data2Vec 2 encoders.
-
-    `prenet_layers` of the image encoder's layers belong to its modality-specific part. That changes parameter names
-    alone; the released base image model has two.
-    """
-
-    width: int
-    heads: int
-    layers: int
-    prenet_layers: int = 0
-
-
-SIZES = {"tiny": Size(128, 2, 3), "small": Size(192, 3, 4), "base": Size(768, 12, 6, prenet_layers=2)}
+SHARED_KINDS = ("blocks", "mlp", "none")
+SHARED_NORMS = ("pre", "post")
+SHARED_SOURCES = ("random", "text", "image")
+POSITION_KINDS = ("mixed", "learned", "sincos")
+PLACES = ("before", "after")
+PROJECTIONS = ("auto", "linear", "mlp")
+PREDICTION_HEADS = ("linear", "none")
+CONTRAST_HEADS = ("none", "linear")
 
 
 @dataclass
@@ -39,44 +42,80 @@ class StudentConfig:
         default="base",
         metadata={"help": f"width, heads and layers where no other option sets them: {', '.join(SIZES)}"},
     )
-
-
-@dataclass
-class ImageEncoderConfig:
-    encoder: str = field(
-        default="data2vec2",
-        metadata={"help": "data2vec2, or timm:NAME for the first blocks of a timm Vision Transformer"},
+    width: int = field(default=0, metadata={"help": "width of encoders made here; 0 = as --student-size says"})
+    heads: int = field(default=0, metadata={"help": "attention heads likewise; 0 = as --student-size says"})
+    attention: str = field(
+        default="fused",
+        metadata={"help": "fused (scaled_dot_product_attention) or stock (the source libraries' own attention)"},
     )
-    weights: str = field(
-        default="", metadata={"help": "pretrained weights: a local file, or 'hub' (timm only); empty = random"}
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "recompute each block in the backward pass: less memory, more time"}
     )
-    size: int = field(default=224, metadata={"help": "side of the student's input in pixels"})
-    patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels (data2vec2 without weights)"})
-    layers: int = field(default=0, metadata={"help": "blocks to keep, from the first on; 0 = as --student-size says"})
-    drop_path: float = field(default=0.0, metadata={"help": "stochastic depth rate of the last block"})
-
-
-@dataclass
-class TextEncoderConfig:
-    weights: str = field(default="", metadata={"help": "released Data2Vec 2 text checkpoint; empty = random"})
-    layers: int = field(default=0, metadata={"help": "blocks to keep, from the first on; 0 = as --student-size says"})
-    dropout: float = field(default=0.1, metadata={"help": "dropout after embeddings, attention and MLP"})
-    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
-    drop_path: float = field(default=0.0, metadata={"help": "stochastic depth rate of the last block"})
-    max_positions: int = field(default=512, metadata={"help": "rows of the learned position table"})
 
 
 @dataclass
 class SharedEncoderConfig:
-    layers: int = field(default=1, metadata={"help": "shared pre-norm Transformer blocks"})
+    kind: str = field(
+        default="blocks",
+        metadata={"help": "blocks (Transformer, over all tokens), mlp (SHRe's, on the CLS token) or none"},
+    )
+    layers: int = field(default=0, metadata={"help": "Transformer blocks; 0 = as --student-size says"})
+    width: int = field(default=0, metadata={"help": "width of the shared encoder; 0 = the image encoder's"})
+    heads: int = field(
+        default=0, metadata={"help": "attention heads; 0 = the encoders' of that width, else width / 64"}
+    )
+    norm: str = field(default="pre", metadata={"help": "LayerNorm in the blocks: pre (as ViT) or post (as BERT)"})
+    init: str = field(
+        default="random",
+        metadata={"help": "random, or text / image: that pretrained model's layers behind the last one kept"},
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout of attention output and MLP"})
     drop_path: float = field(default=0.0, metadata={"help": "stochastic depth rate"})
 
 
 @dataclass
 class TokenTypeConfig:
-    place: str = field(default="after", metadata={"help": "where token types are added: after (the encoders), none"})
+    place: str = field(
+        default="after", metadata={"help": "where token types are added: before or after (the encoders), none"}
+    )
     layer_scale: float = field(default=1e-5, metadata={"help": "initial LayerScale of the token types; 0 = none"})
+
+
+@dataclass
+class PositionConfig:
+    kind: str = field(
+        default="mixed",
+        metadata={"help": "mixed (each encoder's own), or one table for both instead of these: learned or sincos"},
+    )
+    place: str = field(default="before", metadata={"help": "where that table is added: before or after (the encoders)"})
+
+
+@dataclass
+class ProjectionConfig:
+    kind: str = field(
+        default="auto",
+        metadata={
+            "help": "from each encoder to the shared one: auto (linear where widths differ, else nothing), linear, mlp"
+        },
+    )
+
+
+@dataclass
+class HeadConfig:
+    kd: str = field(
+        default="linear",
+        metadata={
+            "help": "how the shared CLS token predicts a teacher's feature: linear (LayerNorm and a linear map) or "
+            "none (is the prediction)"
+        },
+    )
+    itc: str = field(
+        default="none",
+        metadata={
+            "help": "what image-text contrast compares: none (the shared CLS token) or linear (a map a modality)"
+        },
+    )
+    itc_width: int = field(default=0, metadata={"help": "channels of these maps; 0 = as the shared encoder"})
 
 
 STUDENT_PARTS: dict[str, type] = {
@@ -85,15 +124,33 @@ STUDENT_PARTS: dict[str, type] = {
     "text": TextEncoderConfig,
     "shared": SharedEncoderConfig,
     "token_type": TokenTypeConfig,
+    "position": PositionConfig,
+    "projection": ProjectionConfig,
+    "head": HeadConfig,
 }
 
-TIMM_PREFIX = "timm:"
+
+@dataclass(frozen=True)
+class Targets:
+    """What of a student depends on the objectives and the teacher.
+
+    Attributes:
+        prediction: channels of the teacher's feature to predict; 0 = the student's own; None = no prediction.
+        logits: the teacher's classes; None = no logits.
+        masked_images: whether images with masked patches are to be encoded.
+        cls_attention: whether the shared encoder is to give the CLS token's attention.
+    """
+
+    prediction: int | None = None
+    logits: int | None = None
+    masked_images: bool = False
+    cls_attention: bool = False
 
 
 def build_student(
     options: Mapping[str, Any],
     vocab_size: int,
-    target_width: int | None,
+    targets: Targets | None = None,
     pretrained: bool = True,
     pad_index: int = 1,
 ) -> ImageTextStudent:
@@ -102,90 +159,207 @@ def build_student(
     Args:
         options: flat options, a mapping or an object with attributes.
         vocab_size: rows of the token embedding.
-        target_width: width of the teacher's target; 0 = the student's own; None = no distillation head.
+        targets: what is to be predicted; None = nothing.
         pretrained: read the encoders' pretrained weights; False where a checkpoint of the whole student follows.
         pad_index: id of padding; 1 in fairseq's dictionary.
 
     Raises:
-        UserError: an option has a value that names nothing.
+        UserError: an option has a value that names nothing, or parts do not fit one another.
     """
     parts = collect_parts(STUDENT_PARTS, options)
-    size = _choose("--student-size", parts["student"].size, SIZES)
-    image_encoder = _build_image_encoder(parts["image"], size, pretrained)
-    text_encoder = _build_text_encoder(parts["text"], size, vocab_size, pad_index, pretrained)
-    width = image_encoder.width
-    heads = size.heads if size.width == width else max(1, width // 64)
+    targets = targets or Targets()
+    _assert_choices(parts)
+    size = _size(parts["student"])
     shared = parts["shared"]
-    place = _choose("--token-type-place", parts["token_type"].place, {"after": "after", "none": None})
-    layer_scale = parts["token_type"].layer_scale
+    layers = shared.layers or size.shared_layers
+    image_encoder, text_encoder, sources = _encoders(parts, size, layers, vocab_size, pretrained, pad_index)
+    width = shared.width or image_encoder.width
+    for encoder in (image_encoder, text_encoder):
+        encoder.checkpoint_activations = parts["student"].checkpoint_activations
+    heads = _heads(shared, width, size)
+    if sources and (own := {"image": image_encoder, "text": text_encoder}[shared.init].num_heads) != heads:
+        raise UserError(
+            f"--shared-init {shared.init}: that model has {own} attention heads (--shared-heads), not {heads}"
+        )
+    shared_encoder = _shared_encoder(parts, width, layers, heads, targets.cls_attention)
+    for block, state in zip(shared_encoder.blocks if sources else (), sources, strict=True):
+        _copy_block(block, state, f"--shared-init {shared.init}")
+    before, after = _additions(parts, image_encoder, text_encoder, width)
     return ImageTextStudent(
         image_encoder=image_encoder,
         text_encoder=text_encoder,
-        shared_encoder=SharedBlocks(width, shared.layers, heads, shared.dropout, shared.drop_path),
-        image_projection=nn.Identity(),
-        text_projection=_projection(text_encoder.width, width),
-        token_types=None if place is None else TokenTypes(width, layer_scale if layer_scale > 0 else None),
-        distillation_head=None if target_width is None else _distillation_head(width, target_width or width),
+        shared_encoder=shared_encoder,
+        image_projection=_projection(parts["projection"].kind, image_encoder.width, width),
+        text_projection=_projection(parts["projection"].kind, text_encoder.width, width),
+        heads=_build_heads(parts["head"], width, targets),
+        width=width,
+        before=before,
+        after=after,
+        mask_token=targets.masked_images,
     )
 
 
-def _choose(option: str, value: str, choices: Mapping[str, Any]) -> Any:
-    if value not in choices:
-        raise UserError(f"{option} {value!r} is unknown; choose from {', '.join(choices)}")
-    return choices[value]
+def count_image_tokens(encoder: Encoder) -> int:
+    """Tokens that an image encoder embeds an image into, the CLS token included."""
+    parameter = next(encoder.parameters())
+    image = torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=parameter.dtype, device=parameter.device)
+    training = encoder.training
+    with torch.no_grad():
+        tokens = encoder.eval().embed(image).shape[1]
+    encoder.train(training)
+    return tokens
 
 
-def _projection(width_in: int, width_out: int) -> nn.Module:
-    if width_in == width_out:
+def _assert_choices(parts: Mapping[str, Any]) -> None:
+    choices = {
+        "student_attention": ATTENTIONS,
+        "shared_kind": SHARED_KINDS,
+        "shared_norm": SHARED_NORMS,
+        "shared_init": SHARED_SOURCES,
+        "token_type_place": (*PLACES, "none"),
+        "position_kind": POSITION_KINDS,
+        "position_place": PLACES,
+        "projection_kind": PROJECTIONS,
+        "head_kd": PREDICTION_HEADS,
+        "head_itc": CONTRAST_HEADS,
+    }
+    for option, allowed in choices.items():
+        prefix, _, name = option.rpartition("_")
+        value = getattr(parts[prefix], name)
+        if value not in allowed:
+            raise UserError(f"--{option.replace('_', '-')} {value!r} is unknown; choose from {', '.join(allowed)}")
+
+
+def _size(config: StudentConfig) -> Size:
+    if config.size not in SIZES:
+        raise UserError(f"--student-size {config.size!r} is unknown; choose from {', '.join(SIZES)}")
+    named = SIZES[config.size]
+    width, heads = config.width or named.width, config.heads or named.heads
+    if width < 1 or heads < 1 or width % heads:
+        raise UserError(f"--student-width {width} is no multiple of --student-heads {heads}")
+    return Size(width, heads, named.layers, named.prenet_layers, named.shared_layers)
+
+
+def _encoders(
+    parts: Mapping[str, Any], size: Size, shared_layers: int, vocab_size: int, pretrained: bool, pad_index: int
+) -> tuple[Encoder, Encoder, list[Mapping[str, torch.Tensor]]]:
+    """Both encoders, and the pretrained layers that the shared encoder starts from."""
+    position, source = parts["position"], parts["shared"].init
+    fused = parts["student"].attention == "fused"
+    # Instead of a table for both, or beside one behind the encoders, each has its own.
+    own = position.kind == "mixed"
+    further = {"image": 0, "text": 0}
+    if source != "random" and pretrained:
+        if parts["shared"].kind != "blocks" or not parts[source].weights:
+            raise UserError(f"--shared-init {source} needs --{source}-weights, and --shared-kind blocks")
+        further[source] = shared_layers
+    settings = {name: EncoderSetting(size, own, fused, pretrained, count) for name, count in further.items()}
+    encoders = {
+        "image": build_image_encoder(parts["image"], settings["image"]),
+        "text": build_text_encoder(parts["text"], settings["text"], vocab_size, pad_index),
+    }
+    states: list[Mapping[str, torch.Tensor]] = []
+    for name, count in further.items():
+        if count > 0:
+            kept = encoders[name].num_layers - count
+            states = [encoders[name].block_state(kept + index) for index in range(count)]
+            encoders[name].drop_last_blocks(count)
+    return encoders["image"], encoders["text"], states
+
+
+def _heads(config: SharedEncoderConfig, width: int, size: Size) -> int:
+    heads = config.heads or (size.heads if size.width == width else max(1, width // 64))
+    if width % heads:
+        raise UserError(f"--shared-width {width} is no multiple of --shared-heads {heads}")
+    return heads
+
+
+def _shared_encoder(parts: Mapping[str, Any], width: int, layers: int, heads: int, attention: bool) -> nn.Module:
+    config = parts["shared"]
+    if attention and config.kind != "blocks":
+        raise UserError("an objective chooses tokens by the shared encoder's attention: it needs --shared-kind blocks")
+    if config.kind == "none":
+        return NoSharedEncoder()
+    if config.kind == "mlp":
+        return SharedMlp(width, 4 * width)
+    encoder = SharedBlocks(
+        width,
+        layers,
+        heads,
+        config.dropout,
+        config.drop_path,
+        norm_first=config.norm == "pre",
+        checkpoint_activations=parts["student"].checkpoint_activations,
+        keeps_attention=attention,
+    )
+    for block in encoder.blocks:
+        block.attn.fused_attn = parts["student"].attention == "fused"
+    return encoder
+
+
+def _copy_block(block: nn.Module, state: Mapping[str, torch.Tensor], option: str) -> None:
+    own = block.state_dict()
+    differing = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    if differing:
+        raise UserError(f"{option}: that model's layers do not fit the shared block (they differ in {differing[0]})")
+    block.load_state_dict(state)
+
+
+def _additions(
+    parts: Mapping[str, Any], image_encoder: Encoder, text_encoder: Encoder, width: int
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """What is added to tokens before the encoders and behind them."""
+    position, token_type = parts["position"], parts["token_type"]
+    makers: dict[str, tuple[str, Any]] = {}
+    if position.kind != "mixed":
+        rows = max(count_image_tokens(image_encoder), parts["text"].max_positions)
+        makers["positions"] = position.place, partial(SharedPositions, rows, learned=position.kind == "learned")
+    if token_type.place != "none":
+        scale = token_type.layer_scale if token_type.layer_scale > 0 else None
+        makers["token_types"] = token_type.place, partial(TokenTypes, layer_scale=scale)
+    made: dict[str, dict[str, nn.Module]] = {place: {} for place in PLACES}
+    for name, (place, make) in makers.items():
+        if place == "before" and image_encoder.width != text_encoder.width:
+            option = {"positions": "--position-place", "token_types": "--token-type-place"}[name]
+            raise UserError(
+                f"{option} before needs encoders of one width; they have {image_encoder.width} and {text_encoder.width}"
+            )
+        made[place][name] = make(width=image_encoder.width if place == "before" else width)
+    return made["before"], made["after"]
+
+
+def _projection(kind: str, width_in: int, width_out: int) -> nn.Module:
+    if kind == "auto" and width_in == width_out:
         return nn.Identity()
     linear = nn.Linear(width_in, width_out)
-    initialize_weights(linear)
-    return linear
+    projection = nn.Sequential(linear, nn.GELU(), nn.Linear(width_out, width_out)) if kind == "mlp" else linear
+    projection.apply(initialize_weights)
+    return projection
 
 
-def _distillation_head(width: int, target_width: int) -> nn.Module:
-    head = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, target_width))
-    head.apply(initialize_weights)
-    return head
+def _build_heads(config: HeadConfig, width: int, targets: Targets) -> Heads:
+    contrast_width = config.itc_width or width
+    if config.itc == "none" and contrast_width != width:
+        raise UserError(f"--head-itc-width {config.itc_width} needs --head-itc linear")
+
+    def contrast() -> nn.Module:
+        return nn.Identity() if config.itc == "none" else _initialized(nn.Linear(width, contrast_width, bias=False))
+
+    target = targets.prediction
+    if config.kd == "none" and target not in (None, 0, width):
+        raise UserError(
+            f"--head-kd none needs a teacher as wide as the shared encoder; they have {target} and {width} channels"
+        )
+    prediction = None
+    if target is not None:
+        prediction = nn.Identity() if config.kd == "none" else _norm_and_linear(width, target or width)
+    logits = None if targets.logits is None else _norm_and_linear(width, targets.logits)
+    return Heads((contrast(), contrast()), prediction, logits)
 
 
-def _build_image_encoder(config: ImageEncoderConfig, size: Size, pretrained: bool) -> nn.Module:
-    layers = config.layers or size.layers
-    weights = config.weights if pretrained else ""
-    if config.encoder.startswith(TIMM_PREFIX):
-        name = config.encoder.removeprefix(TIMM_PREFIX)
-        return TimmImageEncoder(name, weights, config.size, layers, config.drop_path)
-    if config.encoder != "data2vec2":
-        raise UserError(f"--image-encoder {config.encoder!r} is unknown; choose data2vec2 or timm:NAME")
-    prenet_layers = min(size.prenet_layers, layers)
-    encoder = Data2Vec2ImageEncoder(
-        embed_dim=size.width,
-        depth=layers - prenet_layers,
-        prenet_depth=prenet_layers,
-        num_heads=size.heads,
-        input_size=config.size,
-        patch_size=config.patch_size,
-        drop_path=config.drop_path,
-    )
-    if weights:
-        load_data2vec2_weights(encoder, weights)
-    return encoder
+def _norm_and_linear(width: int, width_out: int) -> nn.Module:
+    return _initialized(nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width_out)))
 
 
-def _build_text_encoder(
-    config: TextEncoderConfig, size: Size, vocab_size: int, pad_index: int, pretrained: bool
-) -> nn.Module:
-    encoder = Data2Vec2TextEncoder(
-        vocab_size=vocab_size,
-        embed_dim=size.width,
-        depth=config.layers or size.layers,
-        num_heads=size.heads,
-        max_positions=config.max_positions,
-        pad_index=pad_index,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        drop_path=config.drop_path,
-    )
-    if config.weights and pretrained:
-        load_data2vec2_weights(encoder, config.weights)
-    return encoder
+def _initialized(module: nn.Module) -> nn.Module:
+    return module.apply(initialize_weights)

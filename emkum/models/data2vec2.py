@@ -1,133 +1,22 @@
 """The one bridge to fairseq's Data2Vec 2 (Baevski et al. 2022, "Efficient Self-supervised Learning with Contextualized
-Target Representations"): its modules, and encoders built of them.
+Target Representations"): encoders built of its modules."""
 
-fairseq ships Data2Vec 2 as sources that do not import as they are. `data2vec2_module` loads them from their own place,
-`fairseq.examples.data2vec`, with the few texts of REWRITES replaced on the way.
-"""
-
-import importlib
-import importlib.util
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from emkum.errors import UserError
-from emkum.outputs import Encoded
+from emkum.models.data2vec2_sources import data2vec2_module
+from emkum.models.encoder import Encoder
 
-PACKAGE = "fairseq.examples.data2vec"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading fairseq's sources
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _absolute_imports(count: int) -> tuple[str, str, int]:
-    return "from examples.data2vec.", f"from {PACKAGE}.", count
-
-
-def _config_default(field: str, config: str) -> tuple[str, str, int]:
-    """Python >= 3.11 refuses an instance of a dataclass as default of a field."""
-    return f"    {field} = {config}()\n", f"    {field} = field(default_factory={config})\n", 1
-
-
-# module below PACKAGE -> (text, replacement, occurrences)
-REWRITES: dict[str, tuple[tuple[str, str, int], ...]] = {
-    "models.data2vec2": (
-        _absolute_imports(6),
-        _config_default("audio: D2vAudioConfig", "D2vAudioConfig"),
-        _config_default("image: D2vImageConfig", "D2vImageConfig"),
-        _config_default("text: D2vTextConfig", "D2vTextConfig"),
-        _config_default("modalities: D2vModalitiesConfig", "D2vModalitiesConfig"),
-    ),
-    "models.mae": (("dtype=np.float)", "dtype=np.float64)", 1),),
-    "models.modalities.audio": (_absolute_imports(1),),
-    "models.modalities.base": (
-        _absolute_imports(1),
-        ("from dataclasses import dataclass\n", "from dataclasses import dataclass, field\n", 1),
-        _config_default("decoder: Optional[D2vDecoderConfig]", "D2vDecoderConfig"),
-    ),
-    "models.modalities.images": (_absolute_imports(2),),
-    "models.modalities.text": (_absolute_imports(1),),
-}
-
-
-class _RewritingLoader(SourceFileLoader):
-    """Compiles a source file after replacing texts. Never reads or writes bytecode caches: they hold the original."""
-
-    def __init__(self, fullname: str, path: str, rewrites: tuple[tuple[str, str, int], ...]) -> None:
-        super().__init__(fullname, path)
-        self.rewrites = rewrites
-
-    def get_code(self, fullname: str) -> CodeType:
-        source = self.get_data(self.path).decode("utf-8")
-        for text, replacement, count in self.rewrites:
-            if source.count(text) != count:
-                raise UserError(
-                    f"{self.path} holds {text.strip()!r} {source.count(text)} times, not {count}: this version of "
-                    "fairseq is not the one supported; install fairseq-fixed 0.12.3.1"
-                )
-            source = source.replace(text, replacement)
-        return self.source_to_code(source.encode("utf-8"), self.path)
-
-
-class _RewritingFinder:
-    """Finds the modules of REWRITES, and no other, where the ordinary path finder finds them."""
-
-    @staticmethod
-    def find_spec(fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        rewrites = REWRITES.get(fullname.removeprefix(f"{PACKAGE}."))
-        if rewrites is None or not fullname.startswith(f"{PACKAGE}."):
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
-            spec.loader = _RewritingLoader(fullname, spec.origin, rewrites)
-        return spec
-
-
-@contextmanager
-def _rewriting_imports() -> Iterator[None]:
-    sys.meta_path.insert(0, _RewritingFinder)
-    try:
-        with warnings.catch_warnings():
-            # fairseq imports timm's layers by their old name.
-            warnings.filterwarnings("ignore", "Importing from timm.models.layers is deprecated", FutureWarning)
-            yield
-    finally:
-        sys.meta_path.remove(_RewritingFinder)
-
-
-def data2vec2_module(name: str) -> ModuleType:
-    """Import a module of fairseq's Data2Vec 2, such as `models.modalities.images`.
-
-    Modules stay in `sys.modules` under their own names, so a second call gives the same classes, and fairseq models
-    (`mae`, and `data2vec_multi` with `models.data2vec2`) are registered once.
-
-    Raises:
-        UserError: the installed fairseq has no Data2Vec 2, or another version of it.
-    """
-    fullname = f"{PACKAGE}.{name}"
-    if fullname in sys.modules:
-        return sys.modules[fullname]
-    try:
-        with _rewriting_imports():
-            return importlib.import_module(fullname)
-    except ModuleNotFoundError as error:
-        if error.name is not None and fullname.startswith(error.name):
-            raise UserError(f"the installed fairseq has no {fullname}: install fairseq-fixed 0.12.3.1") from None
-        raise
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
@@ -180,12 +69,14 @@ class FusedAttention(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Data2Vec2Encoder(nn.Module):
+class Data2Vec2Encoder(Encoder):
     """What both modalities share: prenet blocks inside the modality encoder, then main blocks, all post-norm."""
 
     modality: str
 
-    def _assemble(self, modality_encoder: nn.Module, blocks: list[nn.Module], fused_attention: bool) -> None:
+    def _assemble(
+        self, modality_encoder: nn.Module, blocks: list[nn.Module], drop_path: float, fused_attention: bool
+    ) -> None:
         from fairseq.modules.transformer_sentence_encoder import init_bert_params
 
         self.modality_encoders = nn.ModuleDict({self.modality: modality_encoder})
@@ -194,26 +85,65 @@ class _Data2Vec2Encoder(nn.Module):
         if fused_attention:
             for block in self.all_blocks():
                 block.attn = FusedAttention(block.attn)
+        self.num_layers = len(self.all_blocks())
+        for block, rate in zip(self.all_blocks(), np.linspace(0, drop_path, self.num_layers), strict=True):
+            block.drop_path = DropPath(float(rate)) if rate > 0 else nn.Identity()
+
+    @property
+    def prenet_depth(self) -> int:
+        """Blocks that lie in the modality encoder, before the main ones."""
+        return len(self._context.blocks)
+
+    @property
+    def _context(self) -> nn.Module:
+        return self.modality_encoders[self.modality].context_encoder
 
     def all_blocks(self) -> list[nn.Module]:
         """Prenet and main blocks in their order."""
-        return [*self.modality_encoders[self.modality].context_encoder.blocks, *self.blocks]
+        return [*self._context.blocks, *self.blocks]
 
-    def _run(self, x: Tensor, padding_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def encode(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, D) from `embed` through all blocks; `padding_mask` (B, N) is True at padding."""
+        for output, _ in self._run(tokens, padding_mask):
+            tokens = output
+        return tokens
+
+    def hidden_states(
+        self, inputs: Tensor, padding_mask: Tensor | None = None, end_of_block: bool = False
+    ) -> list[Tensor]:
+        """(B, N, D) of every block.
+
+        Args:
+            inputs, padding_mask: as of `forward`.
+            end_of_block: False = output of the block's MLP before residual and norm, which the released image and text
+                models predict and fairseq calls `layer_results`; True = output of the block.
+        """
+        states = self._run(self.embed(inputs), padding_mask)
+        return [output if end_of_block else target for output, target in states]
+
+    def block_state(self, index: int) -> dict[str, Tensor]:
+        """Parameters of a block, detached; fairseq's names are timm's. Norms come after attention and MLP here."""
+        return self.all_blocks()[index].state_dict()
+
+    def drop_last_blocks(self, count: int) -> None:
+        """Take the last blocks off; those that stay keep their stochastic depth."""
+        self.num_layers -= count
+        self.blocks = self.blocks[: max(0, self.num_layers - self.prenet_depth)]
+        self._context.blocks = self._context.blocks[: self.num_layers]
+
+    def _run(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each block's output and its MLP's output, (B, N, D) both."""
-        context = self.modality_encoders[self.modality].context_encoder
-        x = context.dropout(x if context.norm is None else context.norm(x))
+        tokens = self._before_blocks(tokens)
         for block in self.all_blocks():
-            x, target = block(x, padding_mask)
-            yield x, target
+            tokens, target = self._call(block, tokens, padding_mask)
+            yield tokens, target
 
-    def _last(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        for output, _ in self._run(x, padding_mask):
-            x = output
-        return x
+    def _before_blocks(self, tokens: Tensor) -> Tensor:
+        context = self._context
+        return context.dropout(tokens if context.norm is None else context.norm(tokens))
 
 
-class Data2Vec2ImageEncoder(_Data2Vec2Encoder):
+class Data2Vec2ImageEncoder(Data2Vec2Encoder):
     """Data2Vec 2's image encoder, without masking and decoder. The defaults are the released base model.
 
     Args:
@@ -224,19 +154,19 @@ class Data2Vec2ImageEncoder(_Data2Vec2Encoder):
         mlp_ratio: hidden width of the MLP over D.
         input_size: side of the input in pixels, a multiple of `patch_size`.
         patch_size: side of a patch in pixels.
-        num_layers: keep only the first so many of prenet and main blocks; None = all.
         dropout: after attention and after the MLP.
         attention_dropout: of the attention weights.
-        drop_path: stochastic depth rate of the last kept block, growing linearly from 0.
+        drop_path: stochastic depth rate of the last block, growing linearly from 0.
         norm_eps: of every LayerNorm.
         fused_attention: use FusedAttention instead of fairseq's own module.
+        own_positions: add fixed sine-cosine positions to the patches.
 
     Attributes:
-        width: D. num_layers: kept blocks. num_heads, image_size: as given. mean, std: what images are normalized
-        with, per channel on a scale from 0 to 1 (ImageNet's, as the released models were trained).
+        width: D. num_layers: prenet and main blocks. num_heads, image_size: as given. mean, std: what images are
+        normalized with, per channel on a scale from 0 to 1 (ImageNet's, as the released models were trained).
 
     Raises:
-        ValueError: `num_layers` outside 1 .. prenet_depth + depth.
+        UserError: the heads do not divide the width.
     """
 
     modality = "IMAGE"
@@ -250,17 +180,15 @@ class Data2Vec2ImageEncoder(_Data2Vec2Encoder):
         mlp_ratio: float = 4.0,
         input_size: int = 224,
         patch_size: int = 16,
-        num_layers: int | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
         fused_attention: bool = True,
+        own_positions: bool = True,
     ) -> None:
         super().__init__()
         images = data2vec2_module("models.modalities.images")
-        prenet_depth, depth = _kept_blocks(prenet_depth, depth, num_layers)
-        rates = np.linspace(0, drop_path, prenet_depth + depth)
         norm_layer = partial(nn.LayerNorm, eps=norm_eps)
         make_block = _block_factory(embed_dim, num_heads, mlp_ratio, dropout, attention_dropout, norm_layer)
         config = images.D2vImageConfig(
@@ -268,7 +196,7 @@ class Data2Vec2ImageEncoder(_Data2Vec2Encoder):
             patch_size=patch_size,
             embed_dim=embed_dim,
             prenet_depth=prenet_depth,
-            end_drop_path_rate=float(rates[prenet_depth - 1]) if prenet_depth else 0.0,
+            fixed_positions=own_positions,
             num_extra_tokens=1,
             init_extra_token_zero=False,
             num_alibi_heads=num_heads,
@@ -276,35 +204,34 @@ class Data2Vec2ImageEncoder(_Data2Vec2Encoder):
             decoder=None,
         )
         encoder = images.ImageEncoder(config, embed_dim, make_block, norm_layer, False, {}, None)
-        self._assemble(encoder, [make_block(rate) for rate in rates[prenet_depth:]], fused_attention)
+        self._assemble(encoder, [make_block() for _ in range(depth)], drop_path, fused_attention)
         self.width = embed_dim
-        self.num_layers = prenet_depth + depth
         self.num_heads = num_heads
         self.image_size = input_size
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
 
-    def forward(self, images: Tensor) -> Encoded:
-        """(B, 3, S, S) normalized images to tokens (B, 1 + N, D), the CLS token first, then patches row by row."""
-        return Encoded(self._last(self._embed(images), None))
-
-    def hidden_states(self, images: Tensor, end_of_block: bool = False) -> list[Tensor]:
-        """(B, 1 + N, D) of every kept block, the CLS token first.
+    def embed(self, inputs: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """(B, 1 + N, D) of normalized (B, 3, S, S) images, the CLS token first, then patches row by row.
 
         Args:
-            images: (B, 3, S, S), normalized.
-            end_of_block: False = output of the block's MLP before residual and norm, which the released image and text
-                models predict and fairseq calls `layer_results`; True = output of the block.
+            inputs: the images.
+            masked: (B, N) bool, True at patches whose features `mask_token` replaces before positions are added.
+            mask_token: (D,).
         """
-        return [output if end_of_block else target for output, target in self._run(self._embed(images), None)]
-
-    def _embed(self, images: Tensor) -> Tensor:
         encoder = self.modality_encoders[self.modality]
-        x = encoder.local_features(images)
-        x = x + encoder.fixed_positional_encoder(x, None)
+        x = encoder.local_features(inputs)
+        if masked is not None:
+            x = torch.where(masked[..., None], mask_token.to(x.dtype), x)
+        if encoder.fixed_positional_encoder is not None:
+            x = x + encoder.fixed_positional_encoder(x, None)
         return torch.cat([encoder.extra_tokens.expand(len(x), -1, -1), x], dim=1)
 
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Those of the patch embedding's convolution."""
+        return list(self.modality_encoders[self.modality].local_encoder.parameters())
 
-class Data2Vec2TextEncoder(_Data2Vec2Encoder):
+
+class Data2Vec2TextEncoder(Data2Vec2Encoder):
     """Data2Vec 2's text encoder, without masking and decoder. The defaults are the released base model.
 
     Args:
@@ -316,18 +243,18 @@ class Data2Vec2TextEncoder(_Data2Vec2Encoder):
         mlp_ratio: hidden width of the MLP over D.
         max_positions: longest input in tokens.
         pad_index: id of the padding token; positions are counted over the other tokens.
-        num_layers: keep only the first so many of prenet and main blocks; None = all.
         dropout: after embedding, attention and MLP.
         attention_dropout: of the attention weights.
-        drop_path: stochastic depth rate of the last kept block, growing linearly from 0.
+        drop_path: stochastic depth rate of the last block, growing linearly from 0.
         norm_eps: of every LayerNorm but the embedding's, which has 1e-5.
         fused_attention: use FusedAttention instead of fairseq's own module.
+        own_positions: add learned positions to the words.
 
     Attributes:
-        width: D. num_layers: kept blocks. num_heads, max_positions: as given.
+        width: D. num_layers: prenet and main blocks. num_heads, vocab_size, max_positions: as given.
 
     Raises:
-        ValueError: `num_layers` outside 1 .. prenet_depth + depth.
+        UserError: the heads do not divide the width.
     """
 
     modality = "TEXT"
@@ -342,24 +269,22 @@ class Data2Vec2TextEncoder(_Data2Vec2Encoder):
         mlp_ratio: float = 4.0,
         max_positions: int = 512,
         pad_index: int = 1,
-        num_layers: int | None = None,
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
         fused_attention: bool = True,
+        own_positions: bool = True,
     ) -> None:
         super().__init__()
         text = data2vec2_module("models.modalities.text")
-        prenet_depth, depth = _kept_blocks(prenet_depth, depth, num_layers)
-        rates = np.linspace(0, drop_path, prenet_depth + depth)
         norm_layer = partial(nn.LayerNorm, eps=norm_eps)
         make_block = _block_factory(embed_dim, num_heads, mlp_ratio, dropout, attention_dropout, norm_layer)
         config = text.D2vTextConfig(
             max_source_positions=max_positions,
+            no_token_positional_embeddings=not own_positions,
             dropout=dropout,
             prenet_depth=prenet_depth,
-            end_drop_path_rate=float(rates[prenet_depth - 1]) if prenet_depth else 0.0,
             num_alibi_heads=num_heads,
             model_depth=depth,
             decoder=None,
@@ -367,48 +292,37 @@ class Data2Vec2TextEncoder(_Data2Vec2Encoder):
         encoder = text.TextEncoder(
             config, embed_dim, make_block, norm_layer, False, {}, _task_with_vocabulary(vocab_size, pad_index)
         )
-        self._assemble(encoder, [make_block(rate) for rate in rates[prenet_depth:]], fused_attention)
+        self._assemble(encoder, [make_block() for _ in range(depth)], drop_path, fused_attention)
         self.width = embed_dim
-        self.num_layers = prenet_depth + depth
         self.num_heads = num_heads
+        self.vocab_size = vocab_size
         self.max_positions = max_positions
 
-    def forward(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Encoded:
-        """Token ids to contextual tokens.
+    def embed(self, inputs: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """(T, L, D) of token ids: word embedding plus position, not normed yet, so that `encode` norms what is added.
 
         Args:
-            tokens: (T, L) int64, `<s>` first, which serves as CLS token; `pad_index` at padding.
-            padding_mask: (T, L) bool, True at padding; None where nothing is padded.
-
-        Returns:
-            Tokens (T, L, D) and the mask. At padding the tokens mean nothing.
+            inputs: (T, L) int64, `<s>` first, which serves as CLS token; `pad_index` at padding.
+            masked, mask_token: None; only patches of images are replaced.
 
         Raises:
-            ValueError: L exceeds `max_positions`.
+            ValueError: L exceeds `max_positions`, or `masked` is given.
         """
-        return Encoded(self._last(self._embed(tokens), padding_mask), padding_mask)
+        if masked is not None:
+            raise ValueError("a text encoder replaces no tokens; mask token ids instead")
+        if inputs.shape[1] > self.max_positions:
+            raise ValueError(f"{inputs.shape[1]} tokens exceed the {self.max_positions} positions of the text encoder")
+        local = self.modality_encoders[self.modality].local_encoder
+        x = local.embed_scale * local.embed_tokens(inputs)
+        return x if local.embed_positions is None else x + local.embed_positions(inputs)
 
-    def hidden_states(
-        self, tokens: Tensor, padding_mask: Tensor | None = None, end_of_block: bool = False
-    ) -> list[Tensor]:
-        """(T, L, D) of every kept block; arguments as of `forward`, `end_of_block` as of the image encoder's."""
-        blocks = self._run(self._embed(tokens), padding_mask)
-        return [output if end_of_block else target for output, target in blocks]
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The word embedding."""
+        return [self.modality_encoders[self.modality].local_encoder.embed_tokens.weight]
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.max_positions:
-            raise ValueError(f"{tokens.shape[1]} tokens exceed the {self.max_positions} positions of the text encoder")
-        return self.modality_encoders[self.modality].local_features(tokens)
-
-
-def _kept_blocks(prenet_depth: int, depth: int, num_layers: int | None) -> tuple[int, int]:
-    total = prenet_depth + depth
-    if num_layers is None:
-        num_layers = total
-    if not 1 <= num_layers <= total:
-        raise ValueError(f"num_layers is {num_layers}; the encoder has {total} blocks")
-    prenet_depth = min(prenet_depth, num_layers)
-    return prenet_depth, num_layers - prenet_depth
+    def _before_blocks(self, tokens: Tensor) -> Tensor:
+        local = self.modality_encoders[self.modality].local_encoder
+        return super()._before_blocks(local.dropout_module(local.layernorm_embedding(tokens)))
 
 
 def _block_factory(
@@ -418,10 +332,12 @@ def _block_factory(
     dropout: float,
     attention_dropout: float,
     norm_layer: Callable[[int], nn.Module],
-) -> Callable[[float], nn.Module]:
+) -> Callable[..., nn.Module]:
+    if dim % num_heads:
+        raise UserError(f"{num_heads} attention heads do not divide a width of {dim}")
     block = data2vec2_module("models.modalities.modules").AltBlock
 
-    def make_block(drop_path: float) -> nn.Module:
+    def make_block(drop_path: float = 0.0) -> nn.Module:
         return block(
             dim,
             num_heads,

@@ -1,5 +1,6 @@
 """Checkpoints of Data2Vec 2: released ones and those of pretraining here, into the encoders of `data2vec2`."""
 
+import logging
 import re
 from argparse import Namespace
 from collections.abc import Mapping
@@ -9,29 +10,42 @@ from typing import Any
 from torch import Tensor
 
 from emkum.errors import UserError
-from emkum.models.data2vec2 import Data2Vec2ImageEncoder, Data2Vec2TextEncoder
+from emkum.models.data2vec2 import Data2Vec2Encoder, Data2Vec2ImageEncoder, Data2Vec2TextEncoder
+from emkum.models.encoder import LayerChoice
 from emkum.weights import load_strictly, read_checkpoint
 
 # Heads of the released models by width, for files that hold weights alone.
 RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16}
-POSITIONS = "modality_encoders.IMAGE.fixed_positional_encoder.positions"
+# Below `modality_encoders.IMAGE.` and `modality_encoders.TEXT.`.
+POSITIONS = {"IMAGE": "fixed_positional_encoder.positions", "TEXT": "local_encoder.embed_positions.weight"}
+WORDS = "modality_encoders.TEXT.local_encoder.embed_tokens.weight"
+# Parameters of a block, prenet or main, up to the name within the block.
+_BLOCK = re.compile(r"(?:modality_encoders\.\w+\.context_encoder\.)?blocks\.\d+\.")
+
+logger = logging.getLogger(__name__)
 
 
-def load_data2vec2_weights(encoder: Data2Vec2ImageEncoder | Data2Vec2TextEncoder, path: str | Path) -> None:
+def load_data2vec2_weights(encoder: Data2Vec2Encoder, path: str | Path, choice: LayerChoice | None = None) -> None:
     """Load a checkpoint of Data2Vec 2 into an encoder that may have fewer blocks.
 
-    What pretraining alone needs (decoder, EMA copy, projections, other modalities) and blocks after the encoder's last
-    are left out; the fixed sine-cosine positions of another input size too, for the encoder has computed its own.
+    Layers are counted over prenet and main blocks together, and may lie in either on either side. What pretraining
+    alone needs (decoder, EMA copy, projections, other modalities) is left out; so are positions where the encoder has
+    none, the fixed sine-cosine positions of another input size, for the encoder has computed its own, and rows of the
+    word embedding beyond the encoder's vocabulary.
 
     Args:
         encoder: receives the weights.
         path: a checkpoint of fairseq (`{"model": ..., "cfg": ...}`), or a `.safetensors` file of the same names.
+        choice: the layers to take, as many as the encoder has; None = the first ones.
 
     Raises:
-        UserError: the file cannot be read, is of another model, or has missing, unexpected or misshapen parameters.
+        UserError: the file cannot be read, is of another model or of another width or number of heads, has fewer layers
+            or words, or has missing, unexpected or misshapen parameters.
+        ValueError: the encoder has not as many blocks as are chosen.
     """
-    state, _ = _read(path, encoder.modality)
-    _load_state(encoder, state, path)
+    state, options = _read(path, encoder.modality)
+    _check_sizes(encoder, state, options, path)
+    _load_state(encoder, state, path, choice or LayerChoice(encoder.num_layers))
 
 
 def encoder_arguments_from_checkpoint(path: str | Path, modality: str) -> dict[str, Any]:
@@ -48,38 +62,38 @@ def encoder_arguments_from_checkpoint(path: str | Path, modality: str) -> dict[s
 
 
 def image_encoder_from_checkpoint(
-    path: str | Path, input_size: int | None = None, num_layers: int | None = None, allowed: str = ""
+    path: str | Path, input_size: int | None = None, choice: LayerChoice | None = None, allowed: str = ""
 ) -> Data2Vec2ImageEncoder:
     """Build the image encoder that a checkpoint holds, and load it.
 
     Args:
         path: see `load_data2vec2_weights`.
         input_size: side of the input in pixels; None = as in pretraining.
-        num_layers: keep only the first so many blocks; None = all.
+        choice: the layers to keep; None = all.
         allowed: see `emkum.weights.load_strictly`.
 
     Raises:
-        UserError: see `load_data2vec2_weights`; or there are fewer blocks than `num_layers`.
+        UserError: see `load_data2vec2_weights`.
     """
     state, options = _read(path, "IMAGE")
     arguments = _arguments(state, options, "IMAGE", path)
     if input_size is not None:
         arguments["input_size"] = input_size
-    _check_layers(arguments, num_layers, path)
-    encoder = Data2Vec2ImageEncoder(**arguments, num_layers=num_layers)
-    _load_state(encoder, state, path, allowed)
+    choice = choice or LayerChoice()
+    encoder = Data2Vec2ImageEncoder(**_of_chosen_layers(arguments, choice, path))
+    _load_state(encoder, state, path, choice, allowed)
     return encoder
 
 
 def text_encoder_from_checkpoint(
-    path: str | Path, num_layers: int | None = None, allowed: str = ""
+    path: str | Path, choice: LayerChoice | None = None, allowed: str = ""
 ) -> Data2Vec2TextEncoder:
     """Build the text encoder that a checkpoint holds, and load it. Arguments and errors as for images."""
     state, options = _read(path, "TEXT")
     arguments = _arguments(state, options, "TEXT", path)
-    _check_layers(arguments, num_layers, path)
-    encoder = Data2Vec2TextEncoder(**arguments, num_layers=num_layers)
-    _load_state(encoder, state, path, allowed)
+    choice = choice or LayerChoice()
+    encoder = Data2Vec2TextEncoder(**_of_chosen_layers(arguments, choice, path))
+    _load_state(encoder, state, path, choice, allowed)
     return encoder
 
 
@@ -116,28 +130,29 @@ def _read(path: str | Path, modality: str) -> tuple[dict[str, Tensor], Mapping[s
     options = options.get("model") if isinstance(options, Mapping) else None
     if isinstance(options, Namespace):
         options = vars(options)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return tensors, options if isinstance(options, Mapping) else {}
+    options = options if isinstance(options, Mapping) else {}
+    _check_options(options, modality, path)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, options
 
 
 def _arguments(
     state: Mapping[str, Tensor], options: Mapping[str, Any], modality: str, path: str | Path
 ) -> dict[str, Any]:
-    _check_options(options, modality, path)
     prefix = f"modality_encoders.{modality}."
     names = {
-        "IMAGE": ["extra_tokens", "local_encoder.proj.weight", "fixed_positional_encoder.positions"],
-        "TEXT": ["local_encoder.embed_tokens.weight", "local_encoder.embed_positions.weight"],
+        "IMAGE": ["extra_tokens", "local_encoder.proj.weight", POSITIONS["IMAGE"]],
+        "TEXT": ["local_encoder.embed_tokens.weight", POSITIONS["TEXT"]],
     }[modality]
     missing = [prefix + name for name in names if prefix + name not in state]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    prenet_depth = _count_blocks(state, f"{prefix}context_encoder.blocks.")
-    depth = _count_blocks(state, "blocks.")
+    prenet_depth, depth = _depths(state, modality)
     if prenet_depth + depth == 0:
         raise UserError(f"{path} lacks blocks.*")
-    first = "blocks.0." if prenet_depth == 0 else f"{prefix}context_encoder.blocks.0."
-    hidden, width = state[first + "mlp.fc1.weight"].shape
+    first = _block_prefixes(modality, prenet_depth, depth)[0] + "mlp.fc1.weight"
+    if first not in state:
+        raise UserError(f"{path} lacks {first}")
+    hidden, width = state[first].shape
     arguments = {
         "embed_dim": width,
         "depth": depth,
@@ -166,55 +181,113 @@ def _check_options(options: Mapping[str, Any], modality: str, path: str | Path) 
 
 
 def _heads(options: Mapping[str, Any], width: int, path: str | Path) -> int:
-    for name in ("num_heads", "d2v_num_heads"):
-        if name in options:
-            return int(options[name])
-    if width not in RELEASED_HEADS:
+    heads = _stored_heads(options) or RELEASED_HEADS.get(width)
+    if heads is None:
         raise UserError(
             f"{path} does not say its number of attention heads, and no released model is {width} wide "
             f"({', '.join(map(str, RELEASED_HEADS))}); give the original checkpoint, which holds its options"
         )
-    return RELEASED_HEADS[width]
+    return heads
 
 
-def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max((_block_index(name, prefix) for name in state), default=-1)
+def _stored_heads(options: Mapping[str, Any]) -> int | None:
+    stored = [int(options[name]) for name in ("num_heads", "d2v_num_heads") if name in options]
+    return stored[0] if stored else None
 
 
-def _block_index(name: str, prefix: str) -> int:
-    """N of `PREFIX N.rest`, -1 for other names."""
-    match = re.match(re.escape(prefix) + r"(\d+)\.", name)
-    return -1 if match is None else int(match[1])
+def _check_sizes(
+    encoder: Data2Vec2Encoder, state: Mapping[str, Tensor], options: Mapping[str, Any], path: str | Path
+) -> None:
+    """What would be a page of shapes, or fit by its shapes and compute something else, on one line."""
+    name = WORDS if encoder.modality == "TEXT" else "modality_encoders.IMAGE.extra_tokens"
+    width = state[name].shape[-1] if name in state else encoder.width
+    if width != encoder.width:
+        raise UserError(f"{path} is {width} wide, but the {encoder.modality} encoder {encoder.width}")
+    heads = _stored_heads(options) or encoder.num_heads
+    if heads != encoder.num_heads:
+        raise UserError(f"{path} has {heads} attention heads, but the {encoder.modality} encoder {encoder.num_heads}")
 
 
-def _check_layers(arguments: Mapping[str, Any], num_layers: int | None, path: str | Path) -> None:
-    total = arguments["prenet_depth"] + arguments["depth"]
-    if num_layers is not None and not 1 <= num_layers <= total:
-        raise UserError(f"{path} has {total} blocks; {num_layers} cannot be kept")
+def _of_chosen_layers(arguments: Mapping[str, Any], choice: LayerChoice, path: str | Path) -> dict[str, Any]:
+    """Arguments of an encoder that has the chosen layers alone, those of the prenet in its prenet."""
+    indices = choice.indices(arguments["prenet_depth"] + arguments["depth"], path)
+    prenet_depth = sum(index < arguments["prenet_depth"] for index in indices)
+    return {**arguments, "prenet_depth": prenet_depth, "depth": len(indices) - prenet_depth}
+
+
+def _depths(state: Mapping[str, Tensor], modality: str) -> tuple[int, int]:
+    """Prenet and main blocks of a checkpoint."""
+    prefixes = {match[0] for match in map(_BLOCK.match, state) if match is not None}
+    context = f"modality_encoders.{modality}.context_encoder."
+    numbers = [
+        [int(prefix.split(".")[-2]) for prefix in prefixes if prefix.startswith(start)]
+        for start in (f"{context}blocks.", "blocks.")
+    ]
+    return 1 + max(numbers[0], default=-1), 1 + max(numbers[1], default=-1)
+
+
+def _block_prefixes(modality: str, prenet_depth: int, depth: int) -> list[str]:
+    """What precedes the parameters' names of each block, prenet blocks first."""
+    context = f"modality_encoders.{modality}.context_encoder."
+    return [f"{context}blocks.{i}." for i in range(prenet_depth)] + [f"blocks.{i}." for i in range(depth)]
 
 
 def _load_state(
-    encoder: Data2Vec2ImageEncoder | Data2Vec2TextEncoder,
-    state: Mapping[str, Tensor],
-    path: str | Path,
-    allowed: str = "",
+    encoder: Data2Vec2Encoder, state: Mapping[str, Tensor], path: str | Path, choice: LayerChoice, allowed: str = ""
 ) -> None:
     own = encoder.state_dict()
-    used = {name: value for name, value in state.items() if not _is_left_out(name, encoder)}
-    if POSITIONS in own and POSITIONS in used and used[POSITIONS].shape != own[POSITIONS].shape:
-        used[POSITIONS] = own[POSITIONS]
+    used = _with_chosen_blocks(encoder, _of_encoder(state, encoder.modality), path, choice)
+    positions = f"modality_encoders.{encoder.modality}.{POSITIONS[encoder.modality]}"
+    if positions not in own:
+        used.pop(positions, None)
+    elif encoder.modality == "IMAGE" and positions in used and used[positions].shape != own[positions].shape:
+        used[positions] = own[positions]
+    if encoder.modality == "TEXT" and WORDS in used:
+        used[WORDS] = _words(used[WORDS], encoder.vocab_size, path)
     load_strictly(encoder, used, path, allowed, f"the {encoder.modality} encoder")
 
 
-def _is_left_out(name: str, encoder: Data2Vec2ImageEncoder | Data2Vec2TextEncoder) -> bool:
-    """Whether pretraining alone needs a parameter, or it lies after the encoder's last block."""
-    prefix = f"modality_encoders.{encoder.modality}."
-    other_modality = name.startswith("modality_encoders.") and not name.startswith(prefix)
-    if other_modality or name.startswith(("_ema", "shared_decoder.", "recon_proj.", f"{prefix}decoder.")):
-        return True
-    if _block_index(name, "blocks.") >= len(encoder.blocks):
-        return True
-    # Prenet blocks may only be cut off where no main block follows.
-    prenet_depth = encoder.num_layers - len(encoder.blocks)
-    context_prefix = f"{prefix}context_encoder.blocks."
-    return len(encoder.blocks) == 0 and _block_index(name, context_prefix) >= prenet_depth
+def _of_encoder(state: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:
+    """A checkpoint without other modalities and what pretraining alone needs."""
+    own = f"modality_encoders.{modality}."
+    pretraining_alone = ("_ema", "shared_decoder.", "recon_proj.", f"{own}decoder.")
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(pretraining_alone)
+        and (name.startswith(own) or not name.startswith("modality_encoders."))
+    }
+
+
+def _with_chosen_blocks(
+    encoder: Data2Vec2Encoder, state: Mapping[str, Tensor], path: str | Path, choice: LayerChoice
+) -> dict[str, Tensor]:
+    """The chosen blocks under the names of the encoder's own, and what belongs to no block."""
+    depths = _depths(state, encoder.modality)
+    indices = choice.indices(sum(depths), path)
+    if len(indices) != encoder.num_layers:
+        raise ValueError(f"{len(indices)} layers are chosen for an encoder that has {encoder.num_layers}")
+    theirs = _block_prefixes(encoder.modality, *depths)
+    ours = _block_prefixes(encoder.modality, encoder.prenet_depth, len(encoder.blocks))
+    renamed = {theirs[index]: prefix for index, prefix in zip(indices, ours, strict=True)}
+    chosen = {}
+    for name, value in state.items():
+        match = _BLOCK.match(name)
+        if match is None:
+            chosen[name] = value
+        elif match[0] in renamed:
+            chosen[renamed[match[0]] + name[match.end() :]] = value
+    return chosen
+
+
+def _words(embedding: Tensor, vocab_size: int, path: str | Path) -> Tensor:
+    """The first `vocab_size` rows (V, D) of a word embedding that may have more."""
+    rows = len(embedding)
+    if rows < vocab_size:
+        raise UserError(
+            f"{path} has embeddings of {rows:,} words, but the vocabulary has {vocab_size:,}; "
+            "give the vocabulary that it was trained with"
+        )
+    if rows > vocab_size:
+        logger.info("%s has embeddings of %d words; the first %d, the vocabulary's, are kept", path, rows, vocab_size)
+    return embedding[:vocab_size]

@@ -1,11 +1,14 @@
 """The image-text student: two unimodal encoders and one shared encoder that reads either modality."""
 
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emkum.layers.token_types import IMAGE, TEXT, TokenTypes
-from emkum.outputs import Encoded, StudentOutput
+from emkum.layers.token_types import IMAGE, TEXT
+from emkum.models.encoder import Encoder
+from emkum.outputs import Encoded, ModalityOutput, StudentOutput
 
 
 class ImageNormalizer(nn.Module):
@@ -30,71 +33,130 @@ class ImageNormalizer(nn.Module):
         return (images / 255 - self.mean) / self.std
 
 
-class ImageTextStudent(nn.Module):
-    """Runs images and captions one after the other through their own encoder and then the shared one.
-
-    Positions are mixed: each encoder brings its own. Parts are injected; any may be exchanged for another of the same
-    contract.
+class Heads(nn.Module):
+    """What is made of the shared CLS token.
 
     Args:
-        image_encoder: normalized (B, 3, S, S) to Encoded, with attributes `width`, `mean`, `std`.
-        text_encoder: (T, L) ids and (T, L) padding mask to Encoded, with attribute `width`.
-        shared_encoder: (B, N, D) tokens and padding mask to (B, N, D).
-        image_projection, text_projection: from each encoder's width to the shared one; Identity where they agree.
-        token_types: added between encoder and shared encoder; None = none.
-        distillation_head: (B, D) shared CLS to (B, D_t) prediction of the teacher's target; None without a teacher.
+        contrast: (B, D) to the features (B, D_c) that are compared, by token type; Identity = the CLS token itself.
+        prediction: (B, D) to a prediction (B, D_t) of the teacher's feature; None = none is made.
+        logits: (B, D) to logits (B, C) over the teacher's classes; None = none are made.
     """
 
     def __init__(
         self,
-        image_encoder: nn.Module,
-        text_encoder: nn.Module,
+        contrast: tuple[nn.Module, nn.Module],
+        prediction: nn.Module | None = None,
+        logits: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.contrast = nn.ModuleList(contrast)
+        self.prediction = prediction
+        self.logits = logits
+
+    def contrast_width(self, width: int) -> int:
+        """D_c, where the shared encoder has `width` channels."""
+        head = self.contrast[0]
+        return width if isinstance(head, nn.Identity) else head.out_features
+
+    def forward(self, encoded: Encoded, token_type: int) -> ModalityOutput:
+        """The shared encoder's output with everything that is made of it."""
+        cls = encoded.cls
+        return ModalityOutput(
+            encoded.tokens,
+            encoded.padding_mask,
+            encoded.hidden,
+            encoded.cls_attention,
+            features=self.contrast[token_type](cls),
+            prediction=None if self.prediction is None else self.prediction(cls),
+            logits=None if self.logits is None else self.logits(cls),
+        )
+
+
+class ImageTextStudent(nn.Module):
+    """Runs images and captions one after the other through their own encoder and then the shared one.
+
+    Parts are injected; any may be exchanged for another of the same contract.
+
+    Args:
+        image_encoder: of normalized (B, 3, S, S), with attributes `mean` and `std`.
+        text_encoder: of (T, L) token ids.
+        shared_encoder: (B, N, D) tokens and padding mask to Encoded.
+        image_projection, text_projection: from each encoder's width to the shared one; Identity where they agree.
+        heads: what is made of the shared CLS token.
+        width: D, of the shared encoder; `contrast_width` is D_c.
+        before, after: what is added to the tokens before the encoders' first block, and before the shared encoder:
+            modules that take tokens and token type, by name.
+        mask_token: make a learned token that stands for masked patches.
+    """
+
+    def __init__(
+        self,
+        image_encoder: Encoder,
+        text_encoder: Encoder,
         shared_encoder: nn.Module,
         image_projection: nn.Module,
         text_projection: nn.Module,
-        token_types: TokenTypes | None = None,
-        distillation_head: nn.Module | None = None,
+        heads: Heads,
+        width: int,
+        before: dict[str, nn.Module] | None = None,
+        after: dict[str, nn.Module] | None = None,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        self.shared_encoder = shared_encoder
+        self.before = nn.ModuleDict(before)
         self.image_projection = image_projection
         self.text_projection = text_projection
-        self.token_types = token_types
-        self.distillation_head = distillation_head
+        self.after = nn.ModuleDict(after)
+        self.shared_encoder = shared_encoder
+        self.heads = heads
         self.normalize = ImageNormalizer(image_encoder.mean, image_encoder.std)
-        self.width: int = image_encoder.width
+        self.width = width
+        self.contrast_width = heads.contrast_width(width)
+        token = nn.init.trunc_normal_(torch.empty(image_encoder.width), std=0.02) if mask_token else None
+        self.mask_token = None if token is None else nn.Parameter(token)
 
-    def encode_image(self, images: Tensor) -> Encoded:
-        """(B, 3, S, S) uint8 to shared-encoder tokens (B, 1 + N, D)."""
-        return self.encode_normalized(self.normalize(images))
+    def encode_image(self, images: Tensor, masked: Tensor | None = None) -> ModalityOutput:
+        """Images through both encoders.
 
-    def encode_normalized(self, images: Tensor) -> Encoded:
+        Args:
+            images: (B, 3, S, S) uint8.
+            masked: (B, N) bool, True at patches that are hidden from the student; None = none.
+
+        Returns:
+            Tokens (B, 1 + N, D).
+        """
+        return self.encode_normalized(self.normalize(images), masked)
+
+    def encode_normalized(self, images: Tensor, masked: Tensor | None = None) -> ModalityOutput:
         """The same of images that are normalized already, (B, 3, S, S) floating point."""
-        return self._share(self.image_encoder(images), self.image_projection, IMAGE)
+        tokens = self.image_encoder.embed(images, masked, None if masked is None else self.mask_token)
+        return self._encode(tokens, None, self.image_encoder, self.image_projection, IMAGE)
 
     def encode_text(
         self, text: Tensor, padding_mask: Tensor | None = None, groups: list[tuple[int, int]] | None = None
-    ) -> Encoded:
-        """(T, L) ids to shared-encoder tokens (T, L, D).
+    ) -> ModalityOutput:
+        """Captions through both encoders.
 
         Args:
-            text: token ids, CLS first.
+            text: (T, L) token ids, CLS first.
             padding_mask: (T, L), True at padding.
             groups: (rows, length) of consecutive captions to run on their own at their own length, which saves the
                 work on padding; rows sum to T, lengths are at most L. None = all at once.
+
+        Returns:
+            Tokens (T, L, D).
         """
         if groups is None:
-            encoded = self.text_encoder(text, padding_mask)
-            return self._share(encoded, self.text_projection, TEXT)
+            tokens = self.text_encoder.embed(text)
+            return self._encode(tokens, padding_mask, self.text_encoder, self.text_projection, TEXT)
         parts, start = [], 0
         for rows, length in groups:
             part = slice(start, start + rows), slice(length)
-            encoded = self.encode_text(text[part], None if padding_mask is None else padding_mask[part])
-            parts.append(F.pad(encoded.tokens, (0, 0, 0, text.shape[1] - length)))
+            parts.append(self.encode_text(text[part], None if padding_mask is None else padding_mask[part]))
             start += rows
-        return Encoded(torch.cat(parts), padding_mask)
+        return joined(parts, text.shape[1])
 
     def forward(
         self,
@@ -104,19 +166,32 @@ class ImageTextStudent(nn.Module):
         groups: list[tuple[int, int]] | None = None,
     ) -> StudentOutput:
         """Encode a batch of images and its captions; arguments as of `encode_image` and `encode_text`."""
-        images, texts = self.encode_image(image), self.encode_text(text, padding_mask, groups)
-        head = self.distillation_head
-        return StudentOutput(
-            image=images,
-            text=texts,
-            image_features=images.cls,
-            text_features=texts.cls,
-            image_prediction=None if head is None else head(images.cls),
-            text_prediction=None if head is None else head(texts.cls),
-        )
+        return StudentOutput(self.encode_image(image), self.encode_text(text, padding_mask, groups))
 
-    def _share(self, encoded: Encoded, projection: nn.Module, token_type: int) -> Encoded:
-        tokens = projection(encoded.tokens)
-        if self.token_types is not None:
-            tokens = self.token_types(tokens, token_type)
-        return Encoded(self.shared_encoder(tokens, encoded.padding_mask), encoded.padding_mask)
+    def _encode(
+        self, tokens: Tensor, padding_mask: Tensor | None, encoder: Encoder, projection: nn.Module, token_type: int
+    ) -> ModalityOutput:
+        for addition in self.before.values():
+            tokens = addition(tokens, token_type)
+        tokens = projection(encoder.encode(tokens, padding_mask))
+        for addition in self.after.values():
+            tokens = addition(tokens, token_type)
+        return self.heads(self.shared_encoder(tokens, padding_mask), token_type)
+
+
+def joined(parts: list[ModalityOutput], length: int) -> ModalityOutput:
+    """Outputs of consecutive rows as one; tokens are padded to `length`, unless they are CLS tokens alone."""
+    found: dict[str, Tensor | None] = {}
+    for item in fields(ModalityOutput):
+        values = [getattr(part, item.name) for part in parts]
+        if values[0] is None:
+            found[item.name] = None
+            continue
+        if item.name == "tokens" and any(value.shape[1] > 1 for value in values):
+            values = [F.pad(value, (0, 0, 0, length - value.shape[1])) for value in values]
+        elif item.name == "cls_attention":
+            values = [F.pad(value, (0, length - value.shape[1])) for value in values]
+        elif item.name == "padding_mask":
+            values = [F.pad(value, (0, length - value.shape[1]), value=True) for value in values]
+        found[item.name] = torch.cat(values)
+    return ModalityOutput(**found)

@@ -79,7 +79,7 @@ def _assert_vocabulary(vocabulary: Path, rows: int, weights: str | Path) -> None
 
 
 def _bert(source: str, config: TeacherConfig, layers: bool) -> Teacher:
-    from emkum.models.bert import bert_from_checkpoint, find_bert
+    from emkum.models.bert_checkpoints import bert_from_checkpoint, find_bert
 
     files = find_bert(source)
     model = bert_from_checkpoint(files, allowed=config.allow_missing)

@@ -26,7 +26,7 @@ RECORD_NAME = "tokenizer.json"
 
 # Ids of the special tokens; `emkum.data.tokenizers` reads both.
 LAYOUTS = {
-    "fairseq": {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3},
+    "fairseq": {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3, "control_symbols": ["<mask>"]},
     "sentencepiece": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
 }
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--layout",
         choices=sorted(LAYOUTS),
         default="fairseq",
-        help="ids of the special tokens. fairseq: <s> 0, <pad> 1, </s> 2, <unk> 3, no mask. sentencepiece: its own, "
+        help="ids of the special tokens. fairseq: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4. sentencepiece: its own, "
         "used as XLM-R and BEiT-3 do, with two more entries, <pad> and <mask> (default: %(default)s)",
     )
     parser.add_argument(

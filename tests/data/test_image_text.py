@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from emkum.data.augment import Augment, AugmentConfig
-from emkum.data.image_text import ImageTextDataset, ImageTextItem, collate
+from emkum.data.image_text import ImageTextDataset, ImageTextItem, MultiCropConfig, collate
 from emkum.data.masking import IGNORE, BlockMasking, TextMaskingConfig
 from emkum.data.shard_writing import ShardWriter
 from emkum.data.shards import ShardedSamples
@@ -265,7 +265,10 @@ def test_collate_by_hand() -> None:
     assert torch.equal(net_input["image"], torch.stack([item.image for item in items]))
     assert batch["id"].tolist() == [5, 3, 8] and batch["view"].tolist() == [1, 1, 0]
     assert (batch["split"], batch["nsentences"], batch["ntokens"]) == ("train", 3, 21)
-    assert batch["teacher_image"] is None
+    assert batch["teacher_image"] is None and batch["crops"] is None
+    assert batch["masked_text"] is None and batch["num_text_targets"] is None
+    special = [[0, 1, 2, 3, 4], [0, 2, 3, 4], [0, 2, 3, 4], [0, 3, 4], [0, 3, 4], [0, 4]]
+    assert [row.nonzero().flatten().tolist() for row in batch["special"]] == special
     assert net_input["text"].dtype == batch["id"].dtype == torch.int64
 
 
@@ -302,6 +305,90 @@ def test_padding_is_told_by_lengths_not_by_ids() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Further crops
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_further_crops_are_of_the_students_size_and_change_nothing_else(samples: ShardedSamples) -> None:
+    plain = dataset(samples, captions_per_image=2, teacher_size=24)
+    assert plain[0].crops is None and dataset(samples, multi_crop=MultiCropConfig(number=0))[0].crops is None
+    data = dataset(samples, captions_per_image=2, teacher_size=24, multi_crop=MultiCropConfig(3, 0.1, 0.3))
+    for index in range(SAMPLES):
+        one, other = data[index], plain[index]
+        assert [(crop.shape, crop.dtype) for crop in one.crops] == [((3, 16, 16), torch.uint8)] * 3
+        assert torch.equal(one.image, other.image) and torch.equal(one.teacher_image, other.teacher_image)
+        assert one.captions == other.captions
+
+
+def test_further_crops_follow_seed_epoch_and_index_alone(samples: ShardedSamples) -> None:
+    """Where the first crops repeat, too: no target of theirs is cached."""
+    found: dict[bytes, tuple[int, ...]] = {}
+    for number in (2, 3):
+        for seed in (1, 2):
+            data = dataset(samples, seed=seed, num_views=1, multi_crop=MultiCropConfig(number, 0.1, 0.3))
+            for epoch in (1, 2):
+                data.set_epoch(epoch)
+                for index in range(SAMPLES):
+                    for place, crop in enumerate(data[index].crops):
+                        key = (seed, epoch, index, place)
+                        assert found.setdefault(crop.numpy().tobytes(), key) == key
+    assert len(found) == 2 * 2 * SAMPLES * 3
+
+
+def test_further_crops_keep_their_part_of_the_area(samples: ShardedSamples) -> None:
+    """Red and green tell from which columns and rows a crop is."""
+    data = dataset(samples, ImageTransform(64, min_scale=0.9), multi_crop=MultiCropConfig(6, 0.05, 0.4))
+    parts = []
+    for epoch in range(1, 9):
+        data.set_epoch(epoch)
+        for crop in data[0].crops:
+            columns, rows = (
+                int(channel.max() - channel.min()) / step for channel, step in zip(crop, (2, 3), strict=False)
+            )
+            parts.append((columns + 1) * (rows + 1) / (WIDTH * HEIGHT))
+    assert 0.04 < min(parts) < 0.12 and 0.33 < max(parts) < 0.45
+    mirrored = {
+        bool(crop[0, 8, -1] < crop[0, 8, 0]) for crop in dataset(samples, multi_crop=MultiCropConfig(9))[0].crops
+    }
+    assert mirrored == {True, False}, "crops are mirrored where the first one may be"
+
+
+def test_further_crops_are_augmented_as_the_first_one(samples: ShardedSamples) -> None:
+    augment = Augment(AugmentConfig(color_jitter=0.8, color_jitter_prob=1.0))
+    plain = dataset(samples, multi_crop=MultiCropConfig(2))[1]
+    changed = dataset(samples, multi_crop=MultiCropConfig(2), augment=augment)[1]
+    assert not any(map(torch.equal, plain.crops, changed.crops))
+    inactive = dataset(samples, multi_crop=MultiCropConfig(2), augment=Augment(AugmentConfig()))[1]
+    assert all(map(torch.equal, plain.crops, inactive.crops))
+
+
+def test_further_crops_of_a_batch_come_view_by_view(samples: ShardedSamples) -> None:
+    data = dataset(samples, multi_crop=MultiCropConfig(2))
+    items = [data[index] for index in (2, 0, 3)]
+    crops = collate(items)["crops"]
+    assert crops.shape == (6, 3, 16, 16) and crops.dtype == torch.uint8
+    expected = [item.crops[view] for view in range(2) for item in items]
+    assert all(map(torch.equal, crops, expected))
+    whole = collate(data.__getitems__([2, 0, 3]))
+    assert torch.equal(whole["crops"], crops)
+    assert torch.equal(whole["net_input"]["image"], collate(items)["net_input"]["image"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "--multi-crop-number -1: want 0"),
+        ((2, 0.0, 0.4), "--multi-crop-min-scale 0.0 and --multi-crop-max-scale 0.4"),
+        ((2, 0.5, 0.4), "the first not above the second"),
+        ((2, 0.5, 1.1), "--multi-crop-max-scale 1.1"),
+    ],
+)
+def test_options_of_further_crops_are_checked(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MultiCropConfig(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Augmentation and masks
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -330,6 +417,8 @@ def test_masks_belong_to_their_captions_and_images(samples: ShardedSamples) -> N
     assert inputs.shape == targets.shape == text.shape
     predicted = targets != IGNORE
     assert torch.equal(targets[predicted], text[predicted]) and torch.equal(inputs[~predicted], text[~predicted])
+    assert batch["num_text_targets"] == int(predicted.sum()) > 0
+    assert not predicted[batch["special"]].any()
     assert (inputs == Words.special.mask).any() and not predicted[batch["net_input"]["padding_mask"]].any()
     assert batch["patch_mask"].shape == (SAMPLES, 4, 6) and (batch["patch_mask"].sum((1, 2)) == 9).all()
     for row, one in enumerate(items):

@@ -163,10 +163,10 @@ def test_sentencepiece_round_trip(model_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model_file)
     pieces = tokenizer.pieces("a small red dog runs")
     assert tokenizer.processor.decode(pieces) == "a small red dog runs"
-    assert min(pieces) > 3 and max(pieces) < tokenizer.vocab_size
+    assert min(pieces) > 4 and max(pieces) < tokenizer.vocab_size
     assert encode(tokenizer, "a small red dog runs", 64) == [0, *pieces, 2]
-    assert tokenizer.special == SpecialTokens(bos=0, pad=1, eos=2, unk=3, mask=None)
-    assert tokenizer.special.ids == (0, 1, 2, 3)
+    assert tokenizer.special == SpecialTokens(bos=0, pad=1, eos=2, unk=3, mask=4)
+    assert tokenizer.special.ids == (0, 1, 2, 3, 4)
     renamed = tmp_path / "mine.spm"
     renamed.write_bytes(model_file.read_bytes())
     for other in (renamed, tmp_path, model_file.parent):

@@ -5,7 +5,7 @@ import torch.multiprocessing as mp
 from fairseq.distributed import LegacyDistributedDataParallel
 
 from emkum.models.builders import build_student
-from emkum.objectives import build_objectives
+from emkum.objectives import Setting, build_objectives
 from user_dir.models.image_text_student import ImageTextStudentModel
 
 IMAGES, CAPTIONS, LENGTH, VOCABULARY = 6, 2, 7, 40
@@ -14,8 +14,9 @@ IMAGES, CAPTIONS, LENGTH, VOCABULARY = 6, 2, 7, 40
 def make_model() -> ImageTextStudentModel:
     torch.manual_seed(0)
     options = {"student_size": "tiny", "image_size": 32, "image_patch_size": 8, "text_dropout": 0.0}
-    student = build_student(options | {"text_attention_dropout": 0.0}, VOCABULARY, None)
-    return ImageTextStudentModel(student, build_objectives(["itc"], {}, None)).train()
+    student = build_student(options | {"text_attention_dropout": 0.0}, VOCABULARY)
+    setting = Setting(width=student.width, contrast_width=student.contrast_width)
+    return ImageTextStudentModel(student, build_objectives(["itc"], {}, setting)).train()
 
 
 def make_batch(images: slice) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ def only_line(done) -> str:
         (["data={scenes}", "fp16=true", "cpu=true"], ["fp16", "autocast"]),
         (["data={scenes}", "objectives"], ["key=value"]),
         (["data={scenes}", "no_progress_bar=3"], ["no_progress_bar", "true or false"]),
+        (["data={scenes}", "warmup_updates=155"], ["warmup_updates 155", "max_update 155"]),
     ],
 )
 def test_recipe_mistakes(command, examples, scenes, tmp_path, overrides, named) -> None:

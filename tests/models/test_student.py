@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from emkum.errors import UserError
 from emkum.layers.attention import choose_attention_kernel
 from emkum.layers.token_types import IMAGE, TEXT, TokenTypes
-from emkum.models.builders import SIZES, build_student
+from emkum.models.builders import Targets, build_student
+from emkum.models.encoder_builders import SIZES
 from emkum.models.student import ImageNormalizer, ImageTextStudent
+from emkum.outputs import StudentOutput
 
 PAD, VOCABULARY, SIDE = 1, 30, 16
 LENGTHS = (3, 4, 4, 6, 7)
@@ -26,7 +28,7 @@ def student(target_width: int | None = None, seed: int = 0, **options: Any) -> I
     """A tiny student in float64 and eval mode whose every parameter is random enough to matter."""
     torch.manual_seed(seed)
     options = {"student_size": "tiny", "image_size": SIDE, "image_patch_size": 8} | options
-    model = build_student(options, VOCABULARY, target_width)
+    model = build_student(options, VOCABULARY, Targets(target_width))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -45,6 +47,11 @@ def captions(lengths: tuple[int, ...] = LENGTHS, padded_to: int = max(LENGTHS)) 
 
 def images(count: int = 3) -> Tensor:
     return torch.randint(0, 256, (count, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def compared(output: StudentOutput) -> list[Tensor]:
+    """Features and predictions of both modalities."""
+    return [value for part in (output.image, output.text) for value in (part.features, part.prediction)]
 
 
 def assert_same_tokens(actual: Tensor, expected: Tensor, padding_mask: Tensor) -> None:
@@ -79,14 +86,15 @@ def test_groups_of_captions_change_nothing(groups: list[tuple[int, int]]) -> Non
     assert torch.equal(grouped.padding_mask, mask)
     assert_same_tokens(grouped.tokens, whole.tokens, mask)
     output = model(images(), text, mask, groups)
-    torch.testing.assert_close(output.text_features, whole.cls, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output.text.features, whole.cls, rtol=0, atol=1e-6)
 
 
 def test_groups_run_at_their_own_length() -> None:
     model = student()
     text, mask = captions()
     shapes = []
-    model.text_encoder.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    embed = model.text_encoder.embed
+    model.text_encoder.embed = lambda tokens: shapes.append(tuple(tokens.shape)) or embed(tokens)
     model.encode_text(text, mask, [(2, 4), (3, 7)])
     assert shapes == [(2, 4), (3, 7)]
 
@@ -98,10 +106,10 @@ def test_a_batch_is_as_its_rows_alone() -> None:
     for row in range(3):
         part = slice(row, row + 1)
         alone = model(images()[part], text[part], mask[part])
-        for name in ("image_features", "text_features", "image_prediction", "text_prediction"):
-            torch.testing.assert_close(getattr(alone, name), getattr(whole, name)[part], rtol=0, atol=1e-6)
-    assert (whole.image_features[0] - whole.image_features[1]).abs().max() > 1e-2
-    assert (whole.text_features[0] - whole.text_features[1]).abs().max() > 1e-2
+        for ours, reference in zip(compared(alone), compared(whole), strict=True):
+            torch.testing.assert_close(ours, reference[part], rtol=0, atol=1e-6)
+    assert (whole.image.features[0] - whole.image.features[1]).abs().max() > 1e-2
+    assert (whole.text.features[0] - whole.text.features[1]).abs().max() > 1e-2
 
 
 def test_the_order_of_tokens_matters() -> None:
@@ -117,36 +125,36 @@ def test_features_are_the_shared_cls_tokens() -> None:
     model = student(target_width=5)
     text, mask = captions()
     output = model(images(), text, mask)
-    assert torch.equal(output.image_features, output.image.tokens[:, 0])
-    assert torch.equal(output.text_features, output.text.tokens[:, 0])
+    assert torch.equal(output.image.features, output.image.tokens[:, 0])
+    assert torch.equal(output.text.features, output.text.tokens[:, 0])
     assert output.image.tokens.shape == (3, 1 + (SIDE // 8) ** 2, model.image_encoder.width)
     assert output.text.tokens.shape == (*text.shape, model.image_encoder.width)
     assert output.image.padding_mask is None and torch.equal(output.text.padding_mask, mask)
-    assert output.image_prediction.shape == (3, 5) and output.text_prediction.shape == (5, 5)
-    torch.testing.assert_close(output.text_prediction, model.distillation_head(output.text_features))
+    assert output.image.prediction.shape == (3, 5) and output.text.prediction.shape == (5, 5)
+    torch.testing.assert_close(output.text.prediction, model.heads.prediction(output.text.features))
 
 
 def test_state_dict_round_trip() -> None:
     text, mask = captions()
     source, target = student(target_width=5, seed=0), student(target_width=5, seed=1)
     expected = source(images(), text, mask)
-    assert not torch.allclose(target(images(), text, mask).image_features, expected.image_features, atol=1e-2)
+    assert not torch.allclose(target(images(), text, mask).image.features, expected.image.features, atol=1e-2)
     target.load_state_dict(source.state_dict())
     loaded = target(images(), text, mask)
-    for name in ("image_features", "text_features", "image_prediction", "text_prediction"):
-        assert torch.equal(getattr(loaded, name), getattr(expected, name))
+    for ours, reference in zip(compared(loaded), compared(expected), strict=True):
+        assert torch.equal(ours, reference)
 
 
 def test_eval_is_deterministic_and_training_is_not() -> None:
     model = student(text_dropout=0.3, shared_dropout=0.3, image_drop_path=0.5)
     text, mask = captions()
     first, second = (model(images(), text, mask) for _ in range(2))
-    assert torch.equal(first.text_features, second.text_features)
-    assert torch.equal(first.image_features, second.image_features)
+    assert torch.equal(first.text.features, second.text.features)
+    assert torch.equal(first.image.features, second.image.features)
     model.train()
     first, second = (model(images(), text, mask) for _ in range(2))
-    assert not torch.equal(first.text_features, second.text_features)
-    assert not torch.equal(first.image_features, second.image_features)
+    assert not torch.equal(first.text.features, second.text.features)
+    assert not torch.equal(first.image.features, second.image.features)
 
 
 def test_widths_that_differ_are_projected() -> None:
@@ -158,7 +166,7 @@ def test_widths_that_differ_are_projected() -> None:
     picture = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     text, mask = captions()
     output = model(picture, text, mask)
-    assert output.image_features.shape == (2, narrow) and output.text_features.shape == (len(text), narrow)
+    assert output.image.features.shape == (2, narrow) and output.text.features.shape == (len(text), narrow)
     with torch.no_grad():
         model.text_projection.weight.zero_()
         model.text_projection.bias.zero_()
@@ -201,21 +209,21 @@ def test_token_types_are_scaled_and_added() -> None:
 def test_each_modality_gets_its_own_token_type() -> None:
     text, mask = captions()
     model, bare = student(), student(token_type_place="none")
-    bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("token_types.")})
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("after.token_types.")})
     for zeroed, changed, kept in ((IMAGE, "text", "image"), (TEXT, "image", "text")):
-        saved = model.token_types.embedding.weight.detach().clone()
+        saved = model.after.token_types.embedding.weight.detach().clone()
         with torch.no_grad():
-            model.token_types.embedding.weight[zeroed] = 0
+            model.after.token_types.embedding.weight[zeroed] = 0
         output, plain = model(images(), text, mask), bare(images(), text, mask)
-        torch.testing.assert_close(getattr(output, f"{kept}_features"), getattr(plain, f"{kept}_features"))
-        assert not torch.allclose(getattr(output, f"{changed}_features"), getattr(plain, f"{changed}_features"))
+        torch.testing.assert_close(getattr(output, kept).features, getattr(plain, kept).features)
+        assert not torch.allclose(getattr(output, changed).features, getattr(plain, changed).features)
         with torch.no_grad():
-            model.token_types.embedding.weight.copy_(saved)
+            model.after.token_types.embedding.weight.copy_(saved)
 
 
 @pytest.mark.parametrize("scale", [0, 0.0])
 def test_layer_scale_zero_means_none(scale: float) -> None:
-    assert student(token_type_layer_scale=scale).token_types.scale is None
+    assert student(token_type_layer_scale=scale).after.token_types.scale is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,7 @@ def test_layer_scale_zero_means_none(scale: float) -> None:
         ("student_size", "huge", ["--student-size 'huge'", *SIZES]),
         ("image_encoder", "resnet50", ["--image-encoder 'resnet50'", "data2vec2", "timm:NAME"]),
         ("image_encoder", "timm:no_such_vit", ["no_such_vit"]),
-        ("token_type_place", "before", ["--token-type-place 'before'", "after", "none"]),
+        ("token_type_place", "within", ["--token-type-place 'within'", "before", "after", "none"]),
         ("image_weights", "no/such/file.pt", ["no/such/file.pt"]),
         ("text_weights", "no/such/file.pt", ["no/such/file.pt"]),
     ],
@@ -240,17 +248,17 @@ def test_unknown_values_are_one_line_that_names_the_choices(option: str, value: 
 def test_pretrained_weights_are_not_read_where_a_checkpoint_follows() -> None:
     options = {"student_size": "tiny", "image_size": SIDE, "image_patch_size": 8}
     options |= {"image_weights": "no/such/file.pt", "text_weights": "no/such/file.pt"}
-    assert isinstance(build_student(options, VOCABULARY, None, pretrained=False), ImageTextStudent)
+    assert isinstance(build_student(options, VOCABULARY, pretrained=False), ImageTextStudent)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_size_builds(name: str) -> None:
     size = SIZES[name]
-    model = build_student({"student_size": name, "image_size": 32}, VOCABULARY, target_width=7)
+    model = build_student({"student_size": name, "image_size": 32}, VOCABULARY, Targets(7))
     for encoder in (model.image_encoder, model.text_encoder):
         assert (encoder.width, encoder.num_heads, encoder.num_layers) == (size.width, size.heads, size.layers)
         assert len(encoder.all_blocks()) == size.layers
-    assert [block.attn.num_heads for block in model.shared_encoder.blocks] == [size.heads]
+    assert [block.attn.num_heads for block in model.shared_encoder.blocks] == [size.heads] * size.shared_layers
     prenet = [key for key in model.image_encoder.state_dict() if "context_encoder.blocks" in key]
     assert len({key.split(".blocks.")[1].split(".")[0] for key in prenet}) == size.prenet_layers
 
@@ -266,10 +274,10 @@ def test_without_a_target_there_is_no_distillation_head() -> None:
     text, mask = captions()
     with_head, without = student(target_width=5), student()
     output = without(images(), text, mask)
-    assert without.distillation_head is None
-    assert output.image_prediction is None and output.text_prediction is None
+    assert without.heads.prediction is None
+    assert output.image.prediction is None and output.text.prediction is None
     extra = with_head.state_dict().keys() - without.state_dict().keys()
-    assert extra and all(key.startswith("distillation_head.") for key in extra)
+    assert extra and all(key.startswith("heads.prediction.") for key in extra)
 
 
 def test_pixels_are_normalized() -> None:
@@ -283,7 +291,9 @@ def test_pixels_are_normalized() -> None:
 @pytest.mark.parametrize("encoder", ["data2vec2", "timm:test_vit"])
 def test_bfloat16_autocast_is_close_to_float32(encoder: str) -> None:
     model = build_student(
-        {"student_size": "tiny", "image_size": 32, "image_patch_size": 8, "image_encoder": encoder}, VOCABULARY, 5
+        {"student_size": "tiny", "image_size": 32, "image_patch_size": 8, "image_encoder": encoder},
+        VOCABULARY,
+        Targets(5),
     ).eval()
     picture = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     text, mask = captions()
@@ -294,6 +304,6 @@ def test_bfloat16_autocast_is_close_to_float32(encoder: str) -> None:
     # The head's output is small beside what it sums, so that its relative error is larger.
     for name, limit in {"features": 1e-2, "prediction": 2e-2}.items():
         for modality in ("image", "text"):
-            expected, actual = getattr(exact, f"{modality}_{name}"), getattr(rough, f"{modality}_{name}").float()
+            expected, actual = (getattr(getattr(o, modality), name).float() for o in (exact, rough))
             error = ((actual - expected).norm() / expected.norm()).item()
             assert 0 < error < limit, f"{modality} {name}: {error}"

@@ -17,16 +17,20 @@ from emkum.options import collect_parts, flat_fields
 from user_dir.config import flat_dataclass
 from user_dir.criterions.multi_objective import MultiObjectiveConfig
 from user_dir.models.data2vec2_image import Data2Vec2ImageConfig
+from user_dir.models.image_quantizer import ImageQuantizerConfig
 from user_dir.models.image_text_student import ImageTextStudentConfig
 from user_dir.optimizers import GroupedAdamWConfig
 from user_dir.tasks.image_pretraining import ImagePretrainingConfig
+from user_dir.tasks.image_quantization import ImageQuantizationConfig
 from user_dir.tasks.image_text import ImageTextConfig
 
 CONFIGS = {
     "task image_text": ImageTextConfig,
     "task image_pretraining": ImagePretrainingConfig,
+    "task image_quantization": ImageQuantizationConfig,
     "model image_text_student": ImageTextStudentConfig,
     "model data2vec2_image": Data2Vec2ImageConfig,
+    "model image_quantizer": ImageQuantizerConfig,
     "criterion multi_objective": MultiObjectiveConfig,
     "optimizer grouped_adamw": GroupedAdamWConfig,
 }
@@ -49,7 +53,9 @@ def own_fields(config: type) -> list[Any]:
 
 
 def test_the_walk_sees_flags() -> None:
-    assert flags(MultiObjectiveConfig) == {f"--{name.replace('_', '-')}-weight" for name in OBJECTIVE_PARTS}
+    weights = {f"--{name.replace('_', '-')}-weight" for name in OBJECTIVE_PARTS}
+    endings = ("", "-schedule", "-updates", "-end")
+    assert flags(MultiObjectiveConfig) == {f"{weight}{ending}" for weight in weights for ending in endings}
     assert {"data", "--teacher", "--teacher-weights", "--crop-flip"} <= flags(ImageTextConfig)
     assert "--seed" not in flags(ImageTextConfig), "it is fairseq's own"
 

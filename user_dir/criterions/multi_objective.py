@@ -6,19 +6,22 @@ from typing import Any
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
+from omegaconf import II
 
 from emkum.objectives import OBJECTIVE_PARTS
-from emkum.objectives.base import WeightConfig
+from emkum.objectives.weights import WeightConfig, assert_schedule, weight_at
+from emkum.options import collect_parts
 
 from ..config import flat_dataclass
 
 
 @dataclass
 class _Base(FairseqDataclass):
-    pass
+    max_update: int = II("optimization.max_update")
 
 
-MultiObjectiveConfig = flat_dataclass("MultiObjectiveConfig", dict.fromkeys(OBJECTIVE_PARTS, WeightConfig), base=_Base)
+_WEIGHTS = dict.fromkeys(OBJECTIVE_PARTS, WeightConfig)
+MultiObjectiveConfig = flat_dataclass("MultiObjectiveConfig", _WEIGHTS, base=_Base)
 
 
 @register_criterion("multi_objective", dataclass=MultiObjectiveConfig)
@@ -30,15 +33,20 @@ class MultiObjectiveCriterion(FairseqCriterion):
 
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(task)
-        self.weights = {name: getattr(cfg, f"{name}_weight") for name in OBJECTIVE_PARTS}
+        self.weights = collect_parts(_WEIGHTS, cfg)
+        self.max_updates = max(0, cfg.max_update)
+        for name, config in self.weights.items():
+            assert_schedule(config, name, self.max_updates)
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "MultiObjectiveCriterion":
         return cls(cfg, task)
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple:
-        outputs, student = model(**sample["net_input"], targets=self.task.teacher_targets(sample))
-        loss = sum(self.weights[name] * output.loss.float() for name, output in outputs.items())
+        outputs, student = model(**self.task.student_input(sample), targets=self.task.teacher_targets(sample))
+        done = model.num_updates
+        weights = {name: weight_at(self.weights[name], done, self.max_updates) for name in outputs}
+        loss = sum(weights[name] * output.loss.float() for name, output in outputs.items())
         log = {"loss": loss.detach(), "ntokens": sample["ntokens"], "nsentences": sample["nsentences"]}
         log["sample_size"] = log["batches"] = 1
         for name, output in outputs.items():

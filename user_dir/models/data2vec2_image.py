@@ -84,7 +84,7 @@ class Data2Vec2ImageModel(_Data2VecMultiModel):
     """fairseq's Data2Vec 2 on uint8 images.
 
     A subclass, not a wrapper, so that checkpoints hold fairseq's own parameter names and load wherever a released
-    Data2Vec 2 does, `emkum.models.data2vec2.image_encoder_from_checkpoint` included.
+    Data2Vec 2 does, `emkum.models.data2vec2_checkpoints.image_encoder_from_checkpoint` included.
     """
 
     def __init__(self, cfg: Any, autocast: str | None = None) -> None:

@@ -1,22 +1,36 @@
 """The student and its objectives as one fairseq model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
+import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
+from omegaconf import II
 from torch import Tensor, nn
 
 from emkum.errors import UserError
 from emkum.layers.attention import choose_attention_kernel
-from emkum.layers.ema import EmaCopy
+from emkum.layers.ema import EmaCopy, cosine_decay
 from emkum.layers.precision import AUTOCAST_HELP, Autocast
-from emkum.models.builders import STUDENT_PARTS, build_student
-from emkum.models.parameter_groups import LearningRateConfig, assign_overrides
+from emkum.models.builders import STUDENT_PARTS, Targets, build_student
+from emkum.models.chunked import encode_in_chunks, pieces_of_groups
+from emkum.models.parameter_groups import FreezeConfig, LearningRateConfig, assign_overrides, freeze
 from emkum.models.student import ImageTextStudent
-from emkum.objectives import OBJECTIVE_PARTS, build_objectives, needs_teacher, parse_objectives
+from emkum.objectives import (
+    OBJECTIVE_PARTS,
+    Requirements,
+    Setting,
+    build_objectives,
+    objective_configs,
+    parse_objectives,
+    required,
+)
+from emkum.objectives.target_codes import assert_fitted_to
 from emkum.options import collect_parts
-from emkum.outputs import Batch, ObjectiveOutput, StudentOutput, TeacherOutput
+from emkum.outputs import Batch, ModalityOutput, ObjectiveOutput, StudentOutput, TeacherOutput
 
 from ..config import flat_dataclass
 
@@ -27,19 +41,39 @@ class _ObjectiveChoice(FairseqDataclass):
         default="itc", metadata={"help": f"objectives, separated by commas: {', '.join(OBJECTIVE_PARTS)}"}
     )
     autocast: Optional[str] = field(default=None, metadata={"help": AUTOCAST_HELP})
+    contrastive_chunk: int = field(
+        default=0,
+        metadata={
+            "help": "encode this many images and their captions at a time, with the losses and gradients of the whole "
+            "batch: less memory, more time; 0 = all at once"
+        },
+    )
+    max_update: int = II("optimization.max_update")
 
 
 @dataclass
 class AverageConfig:
     decay: float = field(
         default=0.0,
-        metadata={"help": "decay an update of a moving average of the student, for --teacher self; 0 = none is kept"},
+        metadata={
+            "help": "decay an update of a moving average of the student, for --teacher self and objectives that "
+            "compare with it; 0 = none is kept"
+        },
+    )
+    end_decay: float = field(
+        default=0.0, metadata={"help": "decay at the end of the run, reached along half a cosine; 0 = constant"}
     )
 
 
 ImageTextStudentConfig = flat_dataclass(
     "ImageTextStudentConfig",
-    {**STUDENT_PARTS, "average": AverageConfig, "lr_scale": LearningRateConfig, **OBJECTIVE_PARTS},
+    {
+        **STUDENT_PARTS,
+        "average": AverageConfig,
+        "lr_scale": LearningRateConfig,
+        "freeze": FreezeConfig,
+        **OBJECTIVE_PARTS,
+    },
     base=_ObjectiveChoice,
 )
 
@@ -49,34 +83,73 @@ class ImageTextStudentModel(BaseFairseqModel):
     """`emkum.models.student.ImageTextStudent` with the objectives that train it.
 
     Objectives are inside because their parameters and banks are trained, saved and restored with the model.
+
+    Args:
+        student: is trained.
+        objectives: by name.
+        needs: what they need together.
+        autocast: see AUTOCAST_HELP.
+        ema: the student's moving average, or None.
+        decay: of the average, from the number of updates done.
+        chunk: see `--contrastive-chunk`.
+        fused_attention: let the device choose among fused and plain attention.
     """
 
     def __init__(
         self,
         student: ImageTextStudent,
         objectives: nn.ModuleDict,
+        needs: Requirements | None = None,
         autocast: str | None = None,
         ema: EmaCopy | None = None,
+        decay: Callable[[int], float] = lambda num_updates: 0.0,
+        chunk: int = 0,
+        fused_attention: bool = True,
     ) -> None:
         super().__init__()
         self.student = student
         self.objectives = objectives
+        self.needs = needs or Requirements()
         self.autocast = Autocast(autocast)
         self.ema = ema
+        self.decay = decay
+        self.chunk = chunk
+        self.fused_attention = fused_attention
+        self.num_updates = 0
+        # Of which update the objectives have been told last.
+        self._begun = -1
+        self.register_load_state_dict_post_hook(_begin_again)
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "ImageTextStudentModel":
         names = parse_objectives(cfg.objectives)
-        if task.target_width is None:
-            names = [name for name in names if not needs_teacher([name])]
-        width = task.target_width
-        student = build_student(cfg, task.tokenizer.vocab_size, width, task.load_pretrained, task.tokenizer.special.pad)
-        decay = collect_parts({"average": AverageConfig}, cfg)["average"].decay
-        if not 0 <= decay < 1:
-            raise UserError(f"--average-decay {decay}: want a number from 0 (no average) to below 1")
-        ema = EmaCopy(student, decay) if decay > 0 else None
-        model = cls(student, build_objectives(names, cfg, student.width if width == 0 else width), cfg.autocast, ema)
+        configs = objective_configs(names, cfg)
+        if task.teacher is None:
+            configs = {name: config for name, config in configs.items() if not required({name: config}).teacher}
+        needs = required(configs)
+        task.prepare_inputs(needs)
+        targets = Targets(
+            prediction=task.teacher.width if needs.prediction else None,
+            logits=task.teacher.num_classes if needs.logits else None,
+            masked_images=needs.masked_image,
+            cls_attention=needs.cls_attention,
+        )
+        special = task.tokenizer.special
+        student = build_student(cfg, task.tokenizer.vocab_size, targets, task.load_pretrained, special.pad)
+        decay = _average_decay(cfg)
+        if needs.average and decay(0) == 0:
+            wanting = ", ".join(name for name, config in configs.items() if required({name: config}).average)
+            raise UserError(
+                f"{wanting} compares with the student's moving average: give --average-decay, such as 0.999"
+            )
+        ema = EmaCopy(student, decay(0)) if decay(0) > 0 else None
+        objectives = build_objectives(list(configs), cfg, _setting(cfg, task, student))
+        fused = cfg.student_attention == "fused"
+        if task.teacher is not None:
+            assert_fitted_to(objectives, task.teacher.identity)
+        model = cls(student, objectives, needs, cfg.autocast, ema, decay, cfg.contrastive_chunk, fused)
         task.bind_average(None if ema is None else ema.module)
+        freeze(student, collect_parts({"freeze": FreezeConfig}, cfg)["freeze"])
         assign_overrides(model, student, collect_parts({"lr_scale": LearningRateConfig}, cfg)["lr_scale"])
         return model
 
@@ -89,6 +162,13 @@ class ImageTextStudentModel(BaseFairseqModel):
         caption_image: Tensor,
         groups: list[tuple[int, int]] | None = None,
         targets: TeacherOutput | None = None,
+        special: Tensor | None = None,
+        masked_text: Tensor | None = None,
+        text_targets: Tensor | None = None,
+        num_text_targets: int | None = None,
+        patch_mask: Tensor | None = None,
+        crops: Tensor | None = None,
+        sample_ids: Tensor | None = None,
     ) -> tuple[dict[str, ObjectiveOutput], StudentOutput]:
         """Losses of a batch of B images and T captions, by objective, and the student's output.
 
@@ -96,17 +176,110 @@ class ImageTextStudentModel(BaseFairseqModel):
         """
         # Validation runs in full precision: its figures are those that `emkum evaluate` prints.
         dtype = self.autocast.dtype(image.device) if self.training else None
-        choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
-        with self.autocast.context(image.device, enabled=self.training):
-            output = self.student(image, text, padding_mask, groups)
-        batch = Batch(image_ids=image_ids, caption_image=caption_image)
-        return {name: objective(output, targets, batch) for name, objective in self.objectives.items()}, output
+        if self.fused_attention:
+            choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
+        captions = partial(self._captions, padding_mask=padding_mask, groups=groups)
+        images_of = partial(self._images, chunk=self.chunk)
+        captions_of = partial(captions, chunk=self.chunk * len(text) // len(image))
+        average = None
+        # Before the student's own pass, so that its activations are gone by then.
+        if self.needs.average:
+            with torch.no_grad():
+                moving = self.ema.module
+                average = StudentOutput(self._images(moving, image), captions(moving, text))
+        student = StudentOutput(
+            image=images_of(self.student, image),
+            text=captions_of(self.student, text),
+            masked_image=images_of(self.student, image, patch_mask) if self.needs.masked_image else None,
+            masked_text=captions_of(self.student, masked_text) if self.needs.masked_text else None,
+            average=average,
+            # There are no further crops at validation.
+            crops=None if crops is None else images_of(self.student, crops),
+        )
+        batch = Batch(image_ids, caption_image, special, text_targets, patch_mask, num_text_targets, sample_ids)
+        return {name: objective(student, targets, batch) for name, objective in self.objectives.items()}, student
+
+    def _images(
+        self, student: ImageTextStudent, images: Tensor, patch_mask: Tensor | None = None, chunk: int = 0
+    ) -> ModalityOutput:
+        """Images through a student, in chunks of `chunk` where gradients are wanted."""
+
+        def encode(pixels: Tensor, masked: Tensor | None) -> ModalityOutput:
+            with self.autocast.context(images.device, enabled=self.training):
+                return student.encode_image(pixels, masked)
+
+        if not self._is_chunked(chunk, len(images)):
+            return encode(images, patch_mask)
+        masks = [None] * len(images) if patch_mask is None else patch_mask.split(chunk)
+        pieces = list(zip(images.split(chunk), masks, strict=False))
+        return encode_in_chunks(encode, pieces, student, keep_tokens=self.needs.tokens)
+
+    def _captions(
+        self,
+        student: ImageTextStudent,
+        text: Tensor,
+        padding_mask: Tensor,
+        groups: list[tuple[int, int]] | None,
+        chunk: int = 0,
+    ) -> ModalityOutput:
+        """Captions through a student, likewise."""
+
+        def encode(ids: Tensor, padding: Tensor, groups: list[tuple[int, int]] | None = None) -> ModalityOutput:
+            with self.autocast.context(text.device, enabled=self.training):
+                return student.encode_text(ids, padding, groups)
+
+        if not self._is_chunked(chunk, len(text)):
+            return encode(text, padding_mask, groups)
+        places = pieces_of_groups(groups or [tuple(text.shape)], chunk)
+        pieces = [(text[rows, :length], padding_mask[rows, :length]) for rows, length in places]
+        return encode_in_chunks(encode, pieces, student, text.shape[1], self.needs.tokens, padding_mask)
+
+    def _is_chunked(self, chunk: int, rows: int) -> bool:
+        return 0 < chunk < rows and self.training and torch.is_grad_enabled()
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq calls this before each batch and before it restores a checkpoint, with the number of updates done."""
         super().set_num_updates(num_updates)
+        self.num_updates = num_updates
+        decay = self.decay(num_updates)
         if self.ema is not None:
-            self.ema.follow(self.student, num_updates)
+            self.ema.follow(self.student, num_updates, decay)
+        if num_updates > self._begun:
+            self._begun = num_updates
+            for objective in self.objectives.values():
+                objective.begin_update(num_updates, decay)
 
     def max_positions(self) -> None:
         return None
+
+
+def _begin_again(model: ImageTextStudentModel, incompatible: Any) -> None:
+    """What a checkpoint brought has not begun its next update, whatever this model has."""
+    model._begun = -1
+
+
+def _average_decay(cfg: Any) -> Callable[[int], float]:
+    """The average's decay from the number of updates done."""
+    config = collect_parts({"average": AverageConfig}, cfg)["average"]
+    for name in ("decay", "end_decay"):
+        if not 0 <= (value := getattr(config, name)) <= 1 or (name == "decay" and value == 1):
+            raise UserError(f"--average-{name.replace('_', '-')} {value}: want a number from 0 (none) to below 1")
+    if config.end_decay == 0 or config.decay == 0:
+        return lambda num_updates: config.decay
+    total = max(1, cfg.max_update)
+    return lambda num_updates: cosine_decay(config.decay, config.end_decay, num_updates / total)
+
+
+def _setting(cfg: Any, task: Any, student: ImageTextStudent) -> Setting:
+    teacher = task.teacher
+    return Setting(
+        width=student.width,
+        contrast_width=student.contrast_width,
+        vocab_size=task.tokenizer.vocab_size,
+        num_images=task.num_train_images,
+        max_updates=max(0, cfg.max_update),
+        target_width=0 if teacher is None else teacher.width or student.width,
+        num_classes=0 if teacher is None else teacher.num_classes,
+        patch_width=0 if teacher is None else teacher.patch_width,
+        num_masked_patches=task.masking_of(student),
+    )

@@ -1,24 +1,29 @@
 """Task `image_text`: owns the pairs, the tokenizer and the teacher; scores retrieval at every validation."""
 
-import json
 import logging
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from math import isqrt
 from pathlib import Path
 from typing import Any, Optional
 
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
+from torch import Tensor
 
 from emkum.data.augment import Augment, AugmentConfig, generator, seeded
-from emkum.data.image_text import CaptionConfig, ImageTextDataset, collate
+from emkum.data.image_text import CaptionConfig, ImageTextDataset, MultiCropConfig, collate
+from emkum.data.masking import BlockMasking, PatchMaskingConfig, TextMaskingConfig
 from emkum.data.order import OrderConfig
+from emkum.data.shards import available_splits
 from emkum.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform
 from emkum.distributed import all_gather_rows, rank
 from emkum.errors import UserError
+from emkum.layers.token_types import TokenTypes
+from emkum.models.builders import count_image_tokens
 from emkum.models.teacher_builders import FORMS, assert_reads_images, build_teacher
-from emkum.objectives import needs_teacher, parse_objectives
+from emkum.objectives import Requirements, assert_teacher_gives, objective_configs, parse_objectives
 from emkum.options import collect_parts
 from emkum.outputs import StudentOutput, TeacherOutput
 from emkum.teachers.base import SELF, TeacherConfig, TeacherInput, reads_captions
@@ -36,6 +41,9 @@ TASK_PARTS = {
     "augment": AugmentConfig,
     "caption": CaptionConfig,
     "order": OrderConfig,
+    "multi_crop": MultiCropConfig,
+    "text_mask": TextMaskingConfig,
+    "patch_mask": PatchMaskingConfig,
     "teacher": TeacherConfig,
 }
 
@@ -63,6 +71,10 @@ class ImageTextTask(PreparedDataTask):
         parts = collect_parts(TASK_PARTS, cfg)
         self.crops, self.augment, self.captions = parts["crop"], parts["augment"], parts["caption"]
         self.order, self.teacher_config = parts["order"], parts["teacher"]
+        self.multi_crop, self.text_mask, self.patch_mask = parts["multi_crop"], parts["text_mask"], parts["patch_mask"]
+        # What the objectives want of each sample beside images and captions; known once the model is built.
+        self.needs = Requirements()
+        self.patch_masking: BlockMasking | None = None
         self.tokenizer = load_tokenizer(self.captions.tokenizer or self.folders[0])
         self.load_pretrained = load_pretrained
         self.teacher = None
@@ -70,15 +82,19 @@ class ImageTextTask(PreparedDataTask):
         self.teacher_tokenizer = None
         self.image_size = 0
         self.retrieval = RetrievalScores()
+        # Of the token types' LayerScale, at the beginning of a validation.
+        self._scales: dict[str, Tensor] = {}
 
     @classmethod
     def setup_task(cls, cfg: Any, from_checkpoint: bool = False, **kwargs: Any) -> "ImageTextTask":
         return cls(cfg, load_pretrained=not from_checkpoint)
 
-    @property
-    def target_width(self) -> int | None:
-        """Channels of the teacher's target; 0 = as many as the student has; None without a teacher."""
-        return None if self.teacher is None else self.teacher.width
+    @cached_property
+    def num_train_images(self) -> int:
+        """Images of the training data; 0 where there are none."""
+        if "train" not in available_splits(self.folders[0]):
+            return 0
+        return len(self.open_samples("train"))
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         names = parse_objectives(cfg.objectives)
@@ -95,10 +111,43 @@ class ImageTextTask(PreparedDataTask):
             logger.info("teacher: %s", self.teacher.identity)
             if reads_captions(self.teacher):
                 self.teacher_tokenizer = self._tokenizer_of_teacher()
-        elif needs_teacher(names) and not from_checkpoint:
-            wanting = ", ".join(name for name in names if needs_teacher([name]))
-            raise UserError(f"{wanting} needs --teacher: {', '.join(FORMS[:-1])} or {FORMS[-1]}")
+        # A checkpoint is scored without its teacher, too: what needs one is left out.
+        if self.teacher is not None or not from_checkpoint:
+            assert_teacher_gives(objective_configs(names, cfg), self._offers(), self.cfg.teacher or ", ".join(FORMS))
         return super().build_model(cfg, from_checkpoint)
+
+    def prepare_inputs(self, needs: Requirements) -> None:
+        """Give the objectives what they need of each sample.
+
+        Raises:
+            UserError: options that make it are missing.
+        """
+        if needs.crops and self.multi_crop.number == 0:
+            raise UserError("an objective compares further crops of each image: give --multi-crop-number")
+        self.needs = needs
+
+    def masking_of(self, student: Any) -> int:
+        """Patches that are masked in each image for this student; 0 where none are.
+
+        Raises:
+            UserError: its image encoder has no square grid of patches.
+        """
+        if not self.needs.masked_image:
+            return 0
+        patches = count_image_tokens(student.image_encoder) - 1
+        side = isqrt(patches)
+        number = self.patch_mask.number_of(patches)
+        if side * side != patches or number == 0:
+            raise UserError(f"--patch-mask-ratio {self.patch_mask.ratio}: nothing to mask in {patches} patches")
+        block = min(self.patch_mask.min_block, number)
+        self.patch_masking = BlockMasking((side, side), number, block, self.patch_mask.min_aspect)
+        return number
+
+    def _offers(self) -> Requirements | None:
+        """What the teacher gives; None without a teacher."""
+        if self.teacher is None:
+            return None
+        return Requirements(features=True, logits=self.teacher.num_classes > 0, patches=self.teacher.patch_width > 0)
 
     def bind_average(self, average: Any) -> None:
         """The student's moving average, or None, once the model is built."""
@@ -115,20 +164,6 @@ class ImageTextTask(PreparedDataTask):
                 "needs; of beit3:FILE it is beit3.spm, beside the file"
             )
         return load_tokenizer(self.teacher.tokenizer)
-
-    def _assert_same_teacher(self, identity: dict[str, Any] | None) -> None:
-        """A run that goes on from its checkpoint goes on with its teacher."""
-        folder = Path(self.cfg.save_dir)
-        if not (folder / "checkpoint_last.pt").is_file() or not (folder / "run.json").is_file():
-            return
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("teacher")
-        if before != identity:
-            old, new = before or {}, identity or {}
-            differing = sorted(key for key in old | new if old.get(key) != new.get(key))
-            raise UserError(
-                f"{folder} was begun with another teacher (it differs in {', '.join(differing)}); choose another "
-                "--save-dir, and --restore-file to start from its checkpoint"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """What checkpoints keep of the task: which teacher it was."""
@@ -151,6 +186,9 @@ class ImageTextTask(PreparedDataTask):
             augment=Augment(self.augment) if training else None,
             teacher_tokenizer=self.teacher_tokenizer,
             teacher_max_tokens=0 if self.teacher is None else self.teacher.max_tokens,
+            text_masking=self.text_mask if self.needs.masked_text else None,
+            patch_masking=self.patch_masking,
+            multi_crop=self.multi_crop if training and self.needs.crops else None,
         )
         if self.teacher is not None:
             self.teacher.open_split(split, samples.content_hash(), dataset.describe_crops())
@@ -160,10 +198,24 @@ class ImageTextTask(PreparedDataTask):
         self.datasets[split] = EpochDataset(dataset, gather, training, self.order)
         if training:
             identity = None if self.teacher is None else self.teacher.identity
-            self._assert_same_teacher(identity)
+            self.assert_same_teacher(identity)
             self.record_run(samples.content_hash(), teacher=identity)
             if rank() == 0:
                 copy_tokenizer(self.tokenizer, Path(self.cfg.save_dir) / "tokenizer")
+
+    def student_input(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """What the model reads of a batch."""
+        patch_mask = sample["patch_mask"]
+        return {
+            **sample["net_input"],
+            "special": sample["special"],
+            "masked_text": sample["masked_text"],
+            "text_targets": sample["masked_text_targets"],
+            "num_text_targets": sample["num_text_targets"],
+            "patch_mask": None if patch_mask is None else patch_mask.flatten(1),
+            "crops": sample["crops"],
+            "sample_ids": sample["id"],
+        }
 
     def teacher_targets(self, sample: dict[str, Any]) -> TeacherOutput | None:
         """The teacher's targets for a batch, without gradient; None without a teacher."""
@@ -189,9 +241,9 @@ class ImageTextTask(PreparedDataTask):
             all_gather_rows(tensor.detach())
             for tensor in (
                 ids,
-                student.image_features.float(),
+                student.image.features.float(),
                 ids[sample["net_input"]["caption_image"]],
-                student.text_features.float(),
+                student.text.features.float(),
             )
         )
         self.retrieval.add(
@@ -200,8 +252,12 @@ class ImageTextTask(PreparedDataTask):
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         self.retrieval.start("")
+        types = [layer for layer in model.student.modules() if isinstance(layer, TokenTypes)]
+        self._scales = types[0].scale_statistics() if types else {}
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         super().reduce_metrics(logging_outputs, criterion)
         if not criterion.training:
             self.retrieval.log(metrics)
+            for name, value in self._scales.items():
+                metrics.log_scalar(f"token_type_scale_{name}", float(value), weight=0, round=6)

@@ -1,0 +1,145 @@
+"""`emkum compare`: variants of one recipe, run one after the other at equal numbers of updates, and one table."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from emkum.commands.train import LOG_NAME
+from emkum.errors import UserError
+from emkum.provenance import write_json
+from emkum.recipe import parse_overrides
+
+COLUMNS = {
+    "name": "variant",
+    "first_loss": "loss at first",
+    "last_loss": "at last",
+    "metric": "own metric",
+    "first_metric": "at first",
+    "last_metric": "at last",
+    "mean_recall": "mean recall %",
+    "step_ms": "ms an update",
+    "memory": "peak MiB",
+}
+_KEYS = {"recipe", "options", "metrics", "variants"}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="run variants of a recipe and compare them in one table",
+        description="Train each variant that a YAML file names, one after the other, and write a table of losses, "
+        "recall, time and memory. A variant that is finished is not run again; one that was stopped goes on.",
+        epilog="example: emkum compare examples/compare_objectives.yaml data=data/scenes --out runs/objectives",
+    )
+    parser.add_argument("file", type=Path, help="YAML file with recipe, options of all, and variants by name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of all variants")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the runs and the table")
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help="these variants alone")
+    parser.set_defaults(run=run)
+
+
+def read_variants(path: Path) -> dict[str, Any]:
+    """The content of a file of variants, with all its keys.
+
+    Raises:
+        UserError: it cannot be read, or is no such file.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict) or not {"recipe", "variants"} <= content.keys() <= _KEYS:
+        raise UserError(f"{path}: want a mapping with recipe, variants and, if need be, options and metrics")
+    content = {"options": {}, "metrics": {}} | {key: value or {} for key, value in content.items()}
+    for part in ("options", "metrics", "variants"):
+        if not isinstance(content[part], dict):
+            raise UserError(f"{path}: {part} is no mapping")
+    wrong = [name for name, options in content["variants"].items() if not isinstance(options or {}, dict)]
+    wrong += [name for name in content["metrics"] if name not in content["variants"]]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]!r} is no variant with a mapping of options")
+    return content
+
+
+def run(args: argparse.Namespace) -> None:
+    content = read_variants(args.file)
+    variants = content["variants"]
+    chosen = [name.strip() for name in args.only.split(",") if name.strip()] or list(variants)
+    unknown = [name for name in chosen if name not in variants]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r}: {args.file} has the variants {', '.join(variants)}")
+    recipe = args.file.parent / content["recipe"]
+    common = content["options"] | parse_overrides(args.overrides)
+    results = []
+    for name in chosen:
+        options = common | (variants[name] or {})
+        print(f"emkum: variant {name}", flush=True)
+        results.append({"name": name, **_result(recipe, options, args.out / _folder_name(name))})
+        results[-1] |= _own_metric(results[-1].pop("records", []), content["metrics"].get(name))
+    _write_table(args.out, results)
+    failed = [result["name"] for result in results if "last_loss" not in result]
+    if failed:
+        raise UserError(f"did not finish: {', '.join(failed)}; their logs are below {args.out}")
+
+
+def _folder_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name)
+
+
+def _result(recipe: Path, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train one variant, unless that is done, and read its figures."""
+    from emkum.training_log import read_training_log
+
+    cost = folder / "cost.json"
+    options = options | {"save_dir": str(folder)}
+    before = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
+    if before.get("options") != options:
+        words = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+        with subprocess.Popen([sys.executable, "-m", "emkum.cli", "train", str(recipe), *words]) as child:
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != 0:
+            return {}
+        # Kilobytes on Linux, bytes on macOS; of the largest of its processes.
+        memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        before = {"options": options, "memory": round(memory)}
+        write_json(cost, before)
+    histories = read_training_log(folder / LOG_NAME)
+    records, validations = histories.get("train_inner", []), histories.get("valid", [])
+    # The first interval has the warming up of caches and workers in it.
+    rates = [record["ups"] for record in records[1:] if record.get("ups")]
+    return {
+        "first_loss": records[0]["loss"],
+        "last_loss": records[-1]["loss"],
+        "mean_recall": validations[-1].get("mean_recall") if validations else None,
+        "step_ms": round(1000 * len(rates) / sum(rates)) if rates else None,
+        "memory": before["memory"],
+        "records": records,
+    }
+
+
+def _own_metric(records: list[dict[str, float]], key: str | None) -> dict[str, Any]:
+    if key is None or not records:
+        return {}
+    if key not in records[0]:
+        # Hours of training may lie behind it: the table is written all the same.
+        return {"metric": f"{key} (is not logged)"}
+    return {"metric": key, "first_metric": records[0][key], "last_metric": records[-1][key]}
+
+
+def _write_table(folder: Path, results: list[dict[str, Any]]) -> None:
+    from emkum.evaluation.report import format_table
+
+    columns = {key: title for key, title in COLUMNS.items() if any(key in result for result in results)}
+    write_json(folder / "comparison.json", {"results": results})
+    table = format_table(results, columns, decimals=3, markdown=True)
+    (folder / "comparison.md").write_text(table + "\n", encoding="utf-8")
+    print(format_table(results, columns, decimals=3))
+    print(f"written to {folder / 'comparison.md'}")

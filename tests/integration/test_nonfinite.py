@@ -1,0 +1,68 @@
+"""Updates whose gradients are not finite are skipped, counted and written down; too many in a row end the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emkum.errors import UserError
+from tests.integration.conftest import STUDENT
+from tests.integration.in_process import Run, make_run
+
+
+def update(run: Run, number: int, poisoned: bool) -> None:
+    """One update of two batches as fairseq's trainer does it; the second batch's loss may be no number."""
+    run.optimizer.zero_grad()
+    run.backward(run.batch(0, 8), number)
+    batch = run.batch(8, 16)
+    if poisoned:
+        scale = run.model.objectives["itc"].scales["features"].log_scale
+        kept = scale.detach().clone()
+        with torch.no_grad():
+            scale.fill_(float("nan"))
+    run.backward(batch, number)
+    if poisoned:
+        with torch.no_grad():
+            scale.copy_(kept)
+    norm = run.optimizer.clip_grad_norm(1.0)
+    assert torch.isfinite(norm)
+    run.task.optimizer_step(run.optimizer, run.model, number)
+
+
+@pytest.fixture
+def run(scenes: Path, tmp_path: Path) -> Run:
+    return make_run(scenes, tmp_path, STUDENT, objectives="itc,bank_itc", bank_itc_size=16, max_nonfinite=3)
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    return {name: value.clone() for name, value in run.model.named_parameters()}
+
+
+def test_a_bad_update_changes_nothing_and_is_written_down(run: Run, tmp_path: Path) -> None:
+    update(run, 0, poisoned=False)
+    before = state_of(run)
+    moments = [value.clone() for state in run.optimizer.optimizer.state.values() for value in state.values()]
+    update(run, 1, poisoned=True)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.named_parameters())
+    after = [value for state in run.optimizer.optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    assert all(torch.isfinite(value).all() for value in run.model.objectives["bank_itc"].buffers())
+    (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "update": 1,
+        "batches": [{"split": "train", "ids": list(range(8))}, {"split": "train", "ids": list(range(8, 16))}],
+    }
+    update(run, 2, poisoned=False)
+    assert any(not torch.equal(value, before[name]) for name, value in run.model.named_parameters())
+
+
+def test_too_many_in_a_row_end_the_run(run: Run, tmp_path: Path) -> None:
+    pattern = [True, True, False, True, True]
+    for number, poisoned in enumerate(pattern):
+        update(run, number, poisoned)
+    with pytest.raises(UserError, match="not finite in 3 updates in a row .*nonfinite.jsonl") as caught:
+        update(run, len(pattern), poisoned=True)
+    assert "\n" not in caught.value.message
+    assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 5
