@@ -22,6 +22,7 @@ class GroupedAdamWConfig(FairseqDataclass):
     adamw_eps: float = field(default=1e-6, metadata={"help": "term added to the denominator"})
     adamw_weight_decay: float = field(default=0.01, metadata={"help": "decoupled weight decay; 0 = none"})
     lr: list[float] = II("optimization.lr")
+    fp16: bool = II("common.fp16")
 
 
 def describe_groups(
@@ -86,9 +87,12 @@ class GroupedAdamW(FairseqOptimizer):
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn=None) -> torch.Tensor:
         """Clip, unless the norm is not finite: then the next step leaves everything as it is, and the norm counts as 0.
 
-        fairseq would end the run. It reads the norm on the host at each update, too.
+        fairseq would end the run. It reads the norm on the host at each update, too. Under `--fp16` the norm is left to
+        fairseq's scaler of losses, which skips the update and tries a smaller scale.
         """
         norm = super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        if self.cfg.fp16:
+            return norm
         self.is_skipping = not bool(torch.isfinite(norm))
         return torch.zeros_like(norm) if self.is_skipping else norm
 

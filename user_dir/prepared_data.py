@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+from argparse import Namespace
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class PreparedDataConfig(FairseqDataclass):
         metadata={"help": "end the run after so many updates in a row whose gradients are not finite; each is skipped"},
     )
     seed: int = II("common.seed")
+    update_freq: list[int] = II("optimization.update_freq")
     save_dir: str = II("checkpoint.save_dir")
 
 
@@ -45,8 +48,8 @@ class PreparedDataTask(FairseqTask):
             # Read by fairseq's iterator factory. New batches and new workers each epoch: kept workers would go on
             # drawing the first epoch's crops.
             cfg.rebuild_batches, cfg.reuse_dataloader, cfg.persistent_workers = True, False, False
-        # Split and ids of the batches of the present update; updates skipped so far, in all and in a row.
-        self._batches: list[tuple[str, Any]] = []
+        # Split and ids of the latest batches, as many as an update has; updates skipped so far, in all and in a row.
+        self._batches: deque[tuple[str, Any]] = deque(maxlen=max(cfg.update_freq))
         self._skipped = self._skipped_in_a_row = 0
         self.folders = [folder for folder in (cfg.data or "").split(os.pathsep) if folder]
         for folder in self.folders or ["(no folder)"]:
@@ -68,8 +71,10 @@ class PreparedDataTask(FairseqTask):
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         super().optimizer_step(optimizer, model, update_num)
-        batches, self._batches = self._batches, []
-        if not getattr(optimizer, "is_skipping", False):
+        batches = list(self._batches)
+        self._batches.clear()
+        # In half precision fairseq's own optimizer stands around the one that steps.
+        if not getattr(getattr(optimizer, "fp32_optimizer", optimizer), "is_skipping", False):
             self._skipped_in_a_row = 0
             return
         self._skipped += 1
@@ -116,7 +121,7 @@ class PreparedDataTask(FairseqTask):
         if rank() != 0:
             return
         record = {
-            "options": OmegaConf.to_container(self.cfg._get_root(), resolve=True, enum_to_str=True),
+            "options": _plain(OmegaConf.to_container(self.cfg._get_root(), resolve=True, enum_to_str=True)),
             "versions": package_versions(),
             "data": {"folders": [str(Path(folder).resolve()) for folder in self.folders], "train_hash": train_hash},
             **more,
@@ -133,6 +138,13 @@ class PreparedDataTask(FairseqTask):
     target_dictionary = source_dictionary
 
 
+def _plain(options: Any) -> Any:
+    """Options without Namespaces, which some of fairseq's own parts still have for theirs."""
+    if isinstance(options, Namespace):
+        options = vars(options)
+    return {key: _plain(value) for key, value in options.items()} if isinstance(options, dict) else options
+
+
 def refuse_half_precision_on_cpu(cfg: Any) -> None:
     """fairseq's own half precision on a CPU ends in an assertion of CUDA, or takes the path for TPUs.
 
@@ -140,11 +152,13 @@ def refuse_half_precision_on_cpu(cfg: Any) -> None:
         cfg: a task's options, inside those of a run or alone.
 
     Raises:
-        UserError: `--cpu` stands beside `--fp16`, `--bf16` or `--amp`.
+        UserError: `--cpu` stands beside `--fp16` or `--bf16`, or there is `--amp`.
     """
     common = getattr(cfg._get_root(), "common", None)
+    if common is not None and common.get("amp", False):
+        raise UserError("--amp would compute the losses in half precision, too; use --autocast auto instead")
     if common is None or not common.get("cpu", False):
         return
-    wrong = [f"--{name}" for name in ("fp16", "bf16", "amp") if common.get(name, False)]
+    wrong = [f"--{name}" for name in ("fp16", "bf16") if common.get(name, False)]
     if wrong:
         raise UserError(f"{wrong[0]} needs a GPU; on --cpu use float32, or --autocast bfloat16")

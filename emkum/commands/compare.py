@@ -12,7 +12,7 @@ from typing import Any
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
 from emkum.provenance import write_json
-from emkum.recipe import parse_overrides
+from emkum.recipe import parse_overrides, read_recipe
 
 COLUMNS = {
     "name": "variant",
@@ -98,7 +98,8 @@ def _result(recipe: Path, options: dict[str, Any], folder: Path) -> dict[str, An
     from emkum.training_log import read_training_log
 
     cost = folder / "cost.json"
-    options = options | {"save_dir": str(folder)}
+    # Resolved, so that a recipe which has changed since is run again.
+    options = read_recipe(recipe) | options | {"save_dir": str(folder)}
     before = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
     if before.get("options") != options:
         words = [f"{key}={json.dumps(value)}" for key, value in options.items()]
@@ -113,6 +114,8 @@ def _result(recipe: Path, options: dict[str, Any], folder: Path) -> dict[str, An
         write_json(cost, before)
     histories = read_training_log(folder / LOG_NAME)
     records, validations = histories.get("train_inner", []), histories.get("valid", [])
+    if not records:
+        raise UserError(f"{folder / LOG_NAME} has no losses: give a log_interval below max_update")
     # The first interval has the warming up of caches and workers in it.
     rates = [record["ups"] for record in records[1:] if record.get("ups")]
     return {

@@ -45,6 +45,15 @@ class MaskedText:
     targets: np.ndarray
 
 
+def assert_mask_token(tokenizer: Tokenizer) -> None:
+    """Raise UserError where a tokenizer has no mask token."""
+    if tokenizer.special.mask is None:
+        raise UserError(
+            "text masking needs a tokenizer with a mask token: BERT's, GPT-2's with fairseq's dictionary, or a "
+            "SentencePiece model with a piece <mask> (`emkum prepare tokenizer` makes one)"
+        )
+
+
 def mask_text(
     ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, config: TextMaskingConfig, rng: np.random.Generator
 ) -> MaskedText:
@@ -64,13 +73,9 @@ def mask_text(
     Raises:
         UserError: the tokenizer has no mask token.
     """
+    assert_mask_token(tokenizer)
     inputs = np.array(ids, dtype=np.int64)
     special = tokenizer.special
-    if special.mask is None:
-        raise UserError(
-            "text masking needs a tokenizer with a mask token: BERT's, GPT-2's with fairseq's dictionary, or a "
-            "SentencePiece model with a piece <mask> (`emkum prepare tokenizer` makes one)"
-        )
     targets = np.full_like(inputs, IGNORE)
     places = np.flatnonzero(~_is_any(inputs, special.ids))
     if config.whole_word:

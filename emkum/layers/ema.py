@@ -2,9 +2,12 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from emkum.layers.precision import at_least_float32
 
 
 class EmaCopy(nn.Module):
@@ -38,22 +41,31 @@ class EmaCopy(nn.Module):
 
         Args:
             module: what was copied.
-            num_updates: updates done; a number that is not above the last one changes nothing.
+            num_updates: updates done; a number that is not above the last one moves nothing. A lower one is that of a
+                run that starts anew from a checkpoint.
             decay: of this update; None = the copy's own.
         """
         if self._updates < 0:
             self._updates = int(self.updates)
-        if num_updates <= self._updates:
+        last, self._updates = self._updates, num_updates
+        if num_updates == last:
             return
-        self._updates = num_updates
         self.updates.fill_(num_updates)
+        if num_updates < last:
+            return
         own, new = self.module.state_dict(), module.state_dict()
         moving = [name for name, value in own.items() if value.is_floating_point()]
         torch._foreach_lerp_(
-            [own[name] for name in moving], [new[name] for name in moving], 1 - (self.decay if decay is None else decay)
+            [own[name] for name in moving],
+            [new[name].to(own[name].dtype) for name in moving],
+            1 - (self.decay if decay is None else decay),
         )
         for name in own.keys() - set(moving):
             own[name].copy_(new[name])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmaCopy":
+        # An average of half precision would stand still: its steps are smaller than what that can hold.
+        return super()._apply(lambda t: at_least_float32(fn(t)) if t.is_floating_point() else fn(t), recurse)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -24,14 +24,16 @@ class SharedPositions(nn.Module):
         rows: longest sequence of either modality.
         width: channels D.
         learned: a table that is learned, initialized as ViT's; otherwise fixed sines and cosines.
+        scale: factor of the latter. Beside embeddings that are as small as BERT's and ViT's, sines of amplitude 1
+            would drown everything else.
     """
 
-    def __init__(self, rows: int, width: int, learned: bool) -> None:
+    def __init__(self, rows: int, width: int, learned: bool, scale: float = 0.03) -> None:
         super().__init__()
         if learned:
             self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, width), std=0.02))
         else:
-            self.register_buffer("positions", sincos_table(rows, width), persistent=False)
+            self.register_buffer("positions", scale * sincos_table(rows, width), persistent=False)
 
     def forward(self, tokens: Tensor, token_type: int) -> Tensor:
         """(B, N, D) with positions; the type makes no difference.

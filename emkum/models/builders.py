@@ -46,7 +46,9 @@ class StudentConfig:
     heads: int = field(default=0, metadata={"help": "attention heads likewise; 0 = as --student-size says"})
     attention: str = field(
         default="fused",
-        metadata={"help": "fused (scaled_dot_product_attention) or stock (the source libraries' own attention)"},
+        metadata={
+            "help": "fused (scaled_dot_product_attention) or stock (the source libraries' own attention; of BERT always fused)"
+        },
     )
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute each block in the backward pass: less memory, more time"}
@@ -88,6 +90,10 @@ class PositionConfig:
         metadata={"help": "mixed (each encoder's own), or one table for both instead of these: learned or sincos"},
     )
     place: str = field(default="before", metadata={"help": "where that table is added: before or after (the encoders)"})
+    scale: float = field(
+        default=0.03,
+        metadata={"help": "factor of the sine-cosine table, whose amplitude is 1; embeddings are as small"},
+    )
 
 
 @dataclass
@@ -246,7 +252,7 @@ def _encoders(
     """Both encoders, and the pretrained layers that the shared encoder starts from."""
     position, source = parts["position"], parts["shared"].init
     fused = parts["student"].attention == "fused"
-    # Instead of a table for both, or beside one behind the encoders, each has its own.
+    # One table for both stands instead of the encoders' own positions, wherever it is added.
     own = position.kind == "mixed"
     further = {"image": 0, "text": 0}
     if source != "random" and pretrained:
@@ -313,7 +319,10 @@ def _additions(
     makers: dict[str, tuple[str, Any]] = {}
     if position.kind != "mixed":
         rows = max(count_image_tokens(image_encoder), parts["text"].max_positions)
-        makers["positions"] = position.place, partial(SharedPositions, rows, learned=position.kind == "learned")
+        makers["positions"] = (
+            position.place,
+            partial(SharedPositions, rows, learned=position.kind == "learned", scale=position.scale),
+        )
     if token_type.place != "none":
         scale = token_type.layer_scale if token_type.layer_scale > 0 else None
         makers["token_types"] = token_type.place, partial(TokenTypes, layer_scale=scale)

@@ -43,7 +43,8 @@ def encode_in_chunks(
 
     def run(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         output = encode(*arguments)
-        tokens = output.tokens if keep_tokens else output.tokens[:, :1]
+        # A view would keep all tokens of a chunk in memory.
+        tokens = output.tokens if keep_tokens else output.tokens[:, :1].clone()
         if length and tokens.shape[1] > 1:
             tokens = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
         attention = output.cls_attention if keep_tokens else None
@@ -97,12 +98,14 @@ class _Replayed(torch.autograd.Function):
                 for output, gradient in zip(outputs, gradients, strict=True)
                 if gradient is not None and output.requires_grad
             ]
+            start += rows
+            if not learned:
+                continue
             output_parts, gradient_parts = zip(*learned, strict=True)
             found = torch.autograd.grad(output_parts, ctx.parameters, gradient_parts, allow_unused=True)
             for index, gradient in enumerate(found):
                 if gradient is not None:
                     total[index] = gradient if total[index] is None else total[index].add_(gradient)
-            start += rows
         _set_random_state(present)
         return None, None, *total
 

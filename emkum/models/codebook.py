@@ -143,14 +143,17 @@ class Codebook(nn.Module):
         """Move the codes by what the last update's batches brought.
 
         Args:
-            num_updates: updates done; a number that is not above the last one changes nothing.
+            num_updates: updates done; a number that is not above the last one moves nothing. A lower one is that of a
+                run that starts anew from a checkpoint.
         """
         if self._updates < 0:
             self._updates = int(self.updates)
-        if num_updates <= self._updates:
+        last, self._updates = self._updates, num_updates
+        if num_updates == last:
             return
-        self._updates = num_updates
         self.updates.fill_(num_updates)
+        if num_updates < last:
+            return
         if not self.is_started():
             if self._rows_seen() == len(self.latest):
                 self._start()

@@ -110,9 +110,17 @@ def build_image_encoder(config: ImageEncoderConfig, setting: EncoderSetting) -> 
     rate = _rate_at_end(config.drop_path, choice)
     if name != config.encoder:
         if not _is_transformer(name):
+            if config.drop_path or config.dropout:
+                raise UserError(
+                    f"--image-drop-path and --image-dropout have no effect on {config.encoder}: leave them out"
+                )
             if config.layers:
                 raise UserError(f"--image-layers {config.layers}: {config.encoder} has no blocks to choose from")
             return CnnImageEncoder(name, weights, config.size)
+        if config.dropout:
+            raise UserError(
+                f"--image-dropout has no effect on {config.encoder}: leave it out, or give --image-drop-path"
+            )
         return TimmImageEncoder(
             name,
             weights,

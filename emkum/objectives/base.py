@@ -18,6 +18,7 @@ class Requirements:
         logits: a teacher's class logits, and the student's.
         patches: a teacher's patch features.
         tokens: all tokens of the student, not its CLS tokens alone.
+        hidden: what the student's CLS token is inside the shared encoder's feed-forward part.
         cls_attention: how much the student's CLS token attends to each token.
         masked_image, masked_text, average, crops: further passes of the student.
         patch_grid: an image encoder with patches, as many as the teacher has where `patches` is asked for, too.
@@ -28,6 +29,7 @@ class Requirements:
     logits: bool = False
     patches: bool = False
     tokens: bool = False
+    hidden: bool = False
     cls_attention: bool = False
     masked_image: bool = False
     masked_text: bool = False

@@ -137,7 +137,7 @@ class ImageTextContrast(Objective):
     @classmethod
     def requires_of(cls, config: ImageTextContrastConfig) -> Requirements:
         layers = parse_layers(config.layers)
-        return Requirements(prediction="prediction" in layers, logits="logits" in layers)
+        return Requirements(prediction="prediction" in layers, logits="logits" in layers, hidden="hidden" in layers)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput | None, batch: Batch) -> ObjectiveOutput:
         image_ids = batch.image_ids

@@ -240,8 +240,7 @@ def target_contrast(prediction: Tensor, targets: Tensor, labels: Tensor, exclude
         logits (Q, K), -inf where excluded.
     """
     logits = scale * normalized(prediction) @ normalized(targets).T
-    own = F.one_hot(labels, targets.shape[0]).bool()
-    return logits.masked_fill(excluded & ~own, float("-inf"))
+    return logits.masked_fill(excluded.scatter(1, labels[:, None], False), float("-inf"))
 
 
 def classify_targets(prediction: Tensor, ids: Tensor, own: Tensor, targets: Targets, scale: Tensor) -> Scored:

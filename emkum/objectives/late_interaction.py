@@ -311,7 +311,7 @@ class TargetLateInteraction(Objective):
     no patch fits is left alone.
     """
 
-    requires = Requirements(patches=True, tokens=True)
+    requires = Requirements(patches=True, tokens=True, patch_grid=True)
     projection: Tensor
 
     def __init__(self, config: TargetLateInteractionConfig, setting: Setting) -> None:

@@ -6,6 +6,7 @@ of every training sample, held in place by a proximal term; and past features of
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -198,6 +199,15 @@ class ProximalContrast(Objective):
     def begin_update(self, num_updates: int, decay: float) -> None:
         self._num_updates, self._batches = num_updates, 0
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        rows = len(state_dict.get(f"{prefix}bank_ids", self.bank_ids))
+        if rows != len(self.bank_ids):
+            raise UserError(
+                f"the checkpoint's bank of proximal_itc is of {rows} training images, DATA has {len(self.bank_ids)}: "
+                "give the data that it was trained on"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(self, student: StudentOutput, teacher: TeacherOutput | None, batch: Batch) -> ObjectiveOutput:
         own = Pairs(student.image.features, student.text.features, batch.image_ids, batch.caption_ids)
         everyone = own.gathered() if self.training else own
@@ -236,7 +246,7 @@ class ProximalContrast(Objective):
         images = normalized(own.images)
         owned = batch.caption_image[None] == torch.arange(len(images), device=images.device)[:, None]
         # The direction of a sum of unit vectors is that of their mean.
-        texts = normalized(owned.to(images.dtype) @ normalized(own.texts))
+        texts = normalized(owned.to(images.dtype) @ normalized(own.texts).nan_to_num(nan=0.0))
         samples, ids = all_gather(batch.sample_ids), all_gather(own.image_ids)
         last = last_occurrences(samples)
         for bank, features in ((self.image_bank, images), (self.text_bank, texts)):

@@ -33,7 +33,7 @@ def update(run: Run, number: int, poisoned: bool) -> None:
 
 @pytest.fixture
 def run(scenes: Path, tmp_path: Path) -> Run:
-    return make_run(scenes, tmp_path, STUDENT, objectives="itc,bank_itc", bank_itc_size=16, max_nonfinite=3)
+    return make_run(scenes, tmp_path, STUDENT, objectives="itc,bank_itc", bank_itc_size=16, max_nonfinite=3, update_freq=2)
 
 
 def state_of(run: Run) -> dict[str, Any]:

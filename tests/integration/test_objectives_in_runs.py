@@ -1,6 +1,7 @@
 """Every objective inside a whole run: real scenes, the real task and criterion, a real teacher of random weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from emkum.errors import UserError
+from emkum.models.student import joined
 from emkum.objectives import OBJECTIVES
 from tests.integration.conftest import STUDENT
 from tests.integration.in_process import Run, make_run
+from tests.objectives.target_files import write_target_files
 
 # What an objective needs beside the defaults, and sizes that fit a test.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -32,7 +35,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "mim": {"patch_mask_min_block": 2},
 }
 IMAGE_ALONE = ("mim", "kd_patch")
-TOOLS = ("kd_cluster", "kd_vq")
+TEACHER_WIDTH = 64
 SMALL = {"shared_dropout": 0.1, "text_max_positions": 64}
 
 
@@ -45,16 +48,24 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"teacher": "timm:test_vit", "teacher_weights": path, "teacher_image_size": 64}
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Centroids and codes of features as wide as the teacher's."""
+    return write_target_files(tmp_path_factory.mktemp("files"), TEACHER_WIDTH, teacher=None)
+
+
 @pytest.fixture
-def start(scenes: Path, tmp_path: Path, classifier: dict[str, Any]) -> Callable[..., Run]:
+def start(scenes: Path, tmp_path: Path, classifier: dict[str, Any], files: dict[str, Any]) -> Callable[..., Run]:
     def run(objectives: str, **options: Any) -> Run:
         needs = {key: value for name in objectives.split(",") for key, value in NEEDS.get(name, {}).items()}
-        return make_run(scenes, tmp_path, STUDENT | SMALL | classifier, objectives=objectives, **(needs | options))
+        return make_run(
+            scenes, tmp_path, STUDENT | SMALL | classifier | files, objectives=objectives, **(needs | options)
+        )
 
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in TOOLS])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_learns_in_a_run(name: str, start: Callable[..., Run]) -> None:
     run = start(name)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
@@ -83,6 +94,8 @@ def together(*names: str) -> str:
         "itc,kd_mse,kd_kl,kd_contrastive",
         "itc,cmli,itm,mlm,mim",
         "itc,momentum_itc,bank_itc,dino",
+        "ranking,proximal_itc,target_cmli,kd_patch",
+        "kd_reduced,kd_cluster,kd_vq",
     ],
 )
 def test_chunks_give_the_losses_and_gradients_of_the_whole_batch(objectives: str, start: Callable[..., Run]) -> None:
@@ -111,7 +124,13 @@ def test_chunks_give_the_losses_and_gradients_of_the_whole_batch(objectives: str
         ({"objectives": "momentum_itc", "average_decay": 0}, "momentum_itc compares .* --average-decay"),
         ({"objectives": "dino", "multi_crop_number": 0}, "further crops of each image: give --multi-crop-number"),
         ({"objectives": "itc", "itc_weight_schedule": "step"}, "--itc-weight-schedule 'step' is unknown"),
-        ({"objectives": "mim", "image_encoder": "timm:test_resnet"}, "--patch-mask-ratio 0.38: nothing to mask in 1"),
+        ({"objectives": "mim", "image_encoder": "timm:test_resnet"}, "the student has 1 and the teacher 16"),
+        ({"objectives": "itc,cmli", "shared_kind": "mlp"}, "--shared-kind mlp gives the CLS token alone"),
+        ({"objectives": "itc", "itc_layers": "hidden", "shared_kind": "none"}, "--itc-layers hidden needs"),
+        ({"objectives": "mim", "teacher_image_size": 32}, "the student has 16 and the teacher 4"),
+        ({"objectives": "momentum_itc", "average_end_decay": 1.0, "max_update": 0}, "give --max-update"),
+        ({"objectives": "itc", "contrastive_chunk": 2, "image_encoder": "timm:test_resnet"}, "over the batch"),
+        ({"objectives": "itc", "caption_max_tokens": 65}, "--caption-max-tokens 65 exceeds --text-max-positions 64"),
         ({"objectives": "itc", "freeze_text_all_but": 9}, "--freeze-text-all-but"),
     ],
 )
@@ -119,6 +138,35 @@ def test_what_is_missing_is_said(options: dict[str, Any], said: str, start: Call
     with pytest.raises(UserError, match=said) as caught:
         start(options.pop("objectives"), **options)
     assert "\n" not in caught.value.message
+
+
+def test_chunks_of_16_equal_a_batch_of_128_with_dropout_and_drop_path(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one graph over the same chunks, so that dropout draws the same numbers."""
+
+    def in_one_graph(encode: Callable, chunks: list, module: Any, length: int = 0, *others: Any, **more: Any) -> Any:
+        parts = [encode(*chunk) for chunk in chunks]
+        return joined(parts, length or parts[0].tokens.shape[1])
+
+    noise = {"shared_dropout": 0.2, "shared_drop_path": 0.2, "image_drop_path": 0.2, "text_drop_path": 0.2}
+    found = []
+    for replaced in (False, True):
+        if replaced:
+            monkeypatch.setattr("user_dir.models.image_text_student.encode_in_chunks", in_one_graph)
+        run = start("itc,kd_contrastive,cmli,momentum_itc", contrastive_chunk=16, batch_size=16, **noise)
+        items = run.task.datasets["train"].__getitems__(list(range(32))) * 4
+        items = [replace(item, image_id=number) for number, item in enumerate(items)]
+        torch.manual_seed(7)
+        log = run.backward(run.task.datasets["train"].collater(items), 0)
+        found.append((log, run.gradients()))
+    (ours, gradients), (whole, expected) = found
+    for key in ("loss", "itc_loss", "kd_contrastive_loss", "cmli_loss", "momentum_itc_loss"):
+        torch.testing.assert_close(ours[key], whole[key], rtol=1e-5, atol=1e-5, msg=key)
+    assert gradients.keys() == expected.keys()
+    for key, value in expected.items():
+        atol = 1e-5 * max(value.abs().max().item(), 1e-3)
+        torch.testing.assert_close(gradients[key], value, rtol=1e-4, atol=atol, msg=key)
 
 
 def test_weights_follow_their_schedule(start: Callable[..., Run]) -> None:

@@ -1,5 +1,6 @@
 """Two gloo processes with half the batch each, under fairseq's own wrapper, learn what one process learns."""
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from fairseq.distributed import LegacyDistributedDataParallel
@@ -11,12 +12,12 @@ from user_dir.models.image_text_student import ImageTextStudentModel
 IMAGES, CAPTIONS, LENGTH, VOCABULARY = 6, 2, 7, 40
 
 
-def make_model() -> ImageTextStudentModel:
+def make_model(chunk: int = 0) -> ImageTextStudentModel:
     torch.manual_seed(0)
     options = {"student_size": "tiny", "image_size": 32, "image_patch_size": 8, "text_dropout": 0.0}
     student = build_student(options | {"text_attention_dropout": 0.0}, VOCABULARY)
     setting = Setting(width=student.width, contrast_width=student.contrast_width)
-    return ImageTextStudentModel(student, build_objectives(["itc"], {}, setting)).train()
+    return ImageTextStudentModel(student, build_objectives(["itc"], {}, setting), chunk=chunk).train()
 
 
 def make_batch(images: slice) -> dict[str, torch.Tensor]:
@@ -43,10 +44,10 @@ def learn(model: torch.nn.Module, images: slice) -> tuple[torch.Tensor, dict[str
     return outputs["itc"].loss.detach(), gradients
 
 
-def worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
+def worker(rank: int, port: int, chunk: int, queue: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
-    model = LegacyDistributedDataParallel(make_model(), process_group=torch.distributed.group.WORLD)
+    model = LegacyDistributedDataParallel(make_model(chunk), process_group=torch.distributed.group.WORLD)
     half = IMAGES // 2
     loss, gradients = learn(model, slice(rank * half, (rank + 1) * half))
     model.all_reduce_grads()
@@ -57,9 +58,10 @@ def worker(rank: int, port: int, queue: mp.SimpleQueue) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_itc_loss_and_gradients_of_two_processes_equal_one(free_port: int) -> None:
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_itc_loss_and_gradients_of_two_processes_equal_one(chunk: int, free_port: int) -> None:
     queue = mp.get_context("spawn").Queue()
-    context = mp.spawn(worker, args=(free_port, queue), nprocs=2, join=False)
+    context = mp.spawn(worker, args=(free_port, chunk, queue), nprocs=2, join=False)
     loss, gradients = queue.get(timeout=120)
     context.join()
     want_loss, want = learn(make_model(), slice(None))

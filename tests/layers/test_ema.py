@@ -41,9 +41,34 @@ def test_once_an_update_however_often_it_is_called(again: int) -> None:
     live = model()
     average = EmaCopy(live, 0.5)
     average.follow(moved(live, 1), 3)
-    before = copy.deepcopy(average.state_dict())
+    before = copy.deepcopy(average.module.state_dict())
     average.follow(moved(live, 1), again)
-    assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in average.module.state_dict().items())
+
+
+def test_a_run_that_starts_anew_from_a_checkpoint_moves_it_from_the_first_update_on() -> None:
+    live = model()
+    average = EmaCopy(live, 0.5)
+    average.follow(moved(live, 1), 100)
+    before = copy.deepcopy(average.module.state_dict())
+    average.follow(live, 0)
+    assert all(torch.equal(value, before[name]) for name, value in average.module.state_dict().items())
+    average.follow(moved(live, 1), 1)
+    assert any(not torch.equal(value, before[name]) for name, value in average.module.state_dict().items())
+    assert int(average.updates) == 1
+
+
+def test_it_stays_in_full_precision_beside_a_half_precision_model() -> None:
+    live = torch.nn.Linear(2, 2)
+    average = EmaCopy(live, 0.999)
+    both = torch.nn.ModuleList([live, average]).half()
+    assert both[0].weight.dtype == torch.float16 and average.module.weight.dtype == torch.float32
+    before = average.module.weight.clone()
+    with torch.no_grad():
+        live.weight += 0.01
+    average.follow(live, 1)
+    torch.testing.assert_close(average.module.weight, before.lerp(live.weight.float(), 0.001), rtol=0, atol=1e-7)
+    assert not torch.equal(average.module.weight, before)
 
 
 def test_a_restored_average_knows_its_updates() -> None:

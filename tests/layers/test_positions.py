@@ -32,3 +32,8 @@ def test_both_modalities_get_the_same_rows(learned: bool) -> None:
     assert (not layer.state_dict()) == (not learned)
     with pytest.raises(ValueError, match="7 tokens exceed the 6"):
         layer(torch.randn(1, 7, 4), 0)
+
+
+def test_the_fixed_table_is_scaled() -> None:
+    layer = SharedPositions(5, 4, learned=False, scale=0.5)
+    torch.testing.assert_close(layer.positions, 0.5 * sincos_table(5, 4))

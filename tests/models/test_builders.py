@@ -158,7 +158,7 @@ def test_shared_block_starts_from_a_timm_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["learned", "sincos"])
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_shared_positions_replace_the_encoders_own(kind: str, place: str) -> None:
-    model = student(position_kind=kind, position_place=place, text_max_positions=9)
+    model = student(position_kind=kind, position_place=place, position_scale=1.0, text_max_positions=9)
     positions = getattr(model, place)["positions"].positions
     assert positions.shape == (17, 128)
     own = [name for name, _ in model.named_parameters() if "position" in name]

@@ -10,12 +10,13 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import II
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from emkum.errors import UserError
 from emkum.layers.attention import choose_attention_kernel
 from emkum.layers.ema import EmaCopy, cosine_decay
 from emkum.layers.precision import AUTOCAST_HELP, Autocast
-from emkum.models.builders import STUDENT_PARTS, Targets, build_student
+from emkum.models.builders import STUDENT_PARTS, Targets, build_student, count_image_tokens
 from emkum.models.chunked import encode_in_chunks, pieces_of_groups
 from emkum.models.parameter_groups import FreezeConfig, LearningRateConfig, assign_overrides, freeze
 from emkum.models.student import ImageTextStudent
@@ -116,6 +117,8 @@ class ImageTextStudentModel(BaseFairseqModel):
         self.chunk = chunk
         self.fused_attention = fused_attention
         self.num_updates = 0
+        # Whether a checkpoint may hold more: it is scored without its teacher, and so without what compares with one.
+        self.leaves_out = False
         # Of which update the objectives have been told last.
         self._begun = -1
         self.register_load_state_dict_post_hook(_begin_again)
@@ -127,6 +130,7 @@ class ImageTextStudentModel(BaseFairseqModel):
         if task.teacher is None:
             configs = {name: config for name, config in configs.items() if not required({name: config}).teacher}
         needs = required(configs)
+        _assert_shared_encoder(cfg, needs)
         task.prepare_inputs(needs)
         targets = Targets(
             prediction=task.teacher.width if needs.prediction else None,
@@ -136,6 +140,12 @@ class ImageTextStudentModel(BaseFairseqModel):
         )
         special = task.tokenizer.special
         student = build_student(cfg, task.tokenizer.vocab_size, targets, task.load_pretrained, special.pad)
+        _assert_grids(needs, task.teacher, student)
+        if cfg.contrastive_chunk > 0 and any(isinstance(part, _BatchNorm) for part in student.modules()):
+            raise UserError(
+                f"--contrastive-chunk {cfg.contrastive_chunk}: --image-encoder {cfg.image_encoder} normalizes over the "
+                "batch, so that its chunks would not be the whole"
+            )
         decay = _average_decay(cfg)
         if needs.average and decay(0) == 0:
             wanting = ", ".join(name for name, config in configs.items() if required({name: config}).average)
@@ -148,6 +158,7 @@ class ImageTextStudentModel(BaseFairseqModel):
         if task.teacher is not None:
             assert_fitted_to(objectives, task.teacher.identity)
         model = cls(student, objectives, needs, cfg.autocast, ema, decay, cfg.contrastive_chunk, fused)
+        model.leaves_out = task.teacher is None and not task.load_pretrained
         task.bind_average(None if ema is None else ema.module)
         freeze(student, collect_parts({"freeze": FreezeConfig}, cfg)["freeze"])
         assign_overrides(model, student, collect_parts({"lr_scale": LearningRateConfig}, cfg)["lr_scale"])
@@ -178,40 +189,38 @@ class ImageTextStudentModel(BaseFairseqModel):
         dtype = self.autocast.dtype(image.device) if self.training else None
         if self.fused_attention:
             choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
-        captions = partial(self._captions, padding_mask=padding_mask, groups=groups)
-        images_of = partial(self._images, chunk=self.chunk)
-        captions_of = partial(captions, chunk=self.chunk * len(text) // len(image))
+        captions_of = partial(
+            self._captions, padding_mask=padding_mask, groups=groups, chunk=self.chunk * len(text) // len(image)
+        )
         average = None
         # Before the student's own pass, so that its activations are gone by then.
         if self.needs.average:
             with torch.no_grad():
                 moving = self.ema.module
-                average = StudentOutput(self._images(moving, image), captions(moving, text))
+                average = StudentOutput(self._images(moving, image), captions_of(moving, text))
         student = StudentOutput(
-            image=images_of(self.student, image),
+            image=self._images(self.student, image),
             text=captions_of(self.student, text),
-            masked_image=images_of(self.student, image, patch_mask) if self.needs.masked_image else None,
+            masked_image=self._images(self.student, image, patch_mask) if self.needs.masked_image else None,
             masked_text=captions_of(self.student, masked_text) if self.needs.masked_text else None,
             average=average,
             # There are no further crops at validation.
-            crops=None if crops is None else images_of(self.student, crops),
+            crops=None if crops is None else self._images(self.student, crops),
         )
         batch = Batch(image_ids, caption_image, special, text_targets, patch_mask, num_text_targets, sample_ids)
         return {name: objective(student, targets, batch) for name, objective in self.objectives.items()}, student
 
-    def _images(
-        self, student: ImageTextStudent, images: Tensor, patch_mask: Tensor | None = None, chunk: int = 0
-    ) -> ModalityOutput:
-        """Images through a student, in chunks of `chunk` where gradients are wanted."""
+    def _images(self, student: ImageTextStudent, images: Tensor, patch_mask: Tensor | None = None) -> ModalityOutput:
+        """Images through a student, in training in chunks."""
 
         def encode(pixels: Tensor, masked: Tensor | None) -> ModalityOutput:
             with self.autocast.context(images.device, enabled=self.training):
                 return student.encode_image(pixels, masked)
 
-        if not self._is_chunked(chunk, len(images)):
+        if not self._is_chunked(self.chunk, len(images)):
             return encode(images, patch_mask)
-        masks = [None] * len(images) if patch_mask is None else patch_mask.split(chunk)
-        pieces = list(zip(images.split(chunk), masks, strict=False))
+        masks = [None] * len(images) if patch_mask is None else patch_mask.split(self.chunk)
+        pieces = list(zip(images.split(self.chunk), masks, strict=False))
         return encode_in_chunks(encode, pieces, student, keep_tokens=self.needs.tokens)
 
     def _captions(
@@ -235,7 +244,15 @@ class ImageTextStudentModel(BaseFairseqModel):
         return encode_in_chunks(encode, pieces, student, text.shape[1], self.needs.tokens, padding_mask)
 
     def _is_chunked(self, chunk: int, rows: int) -> bool:
-        return 0 < chunk < rows and self.training and torch.is_grad_enabled()
+        return 0 < chunk < rows and self.training
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> None:
+        """Called by fairseq before it loads a checkpoint strictly."""
+        super().upgrade_state_dict_named(state_dict, name)
+        if self.leaves_out:
+            own = self.state_dict()
+            for key in [key for key in state_dict if key not in own and key.startswith(_OF_A_TEACHER)]:
+                del state_dict[key]
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq calls this before each batch and before it restores a checkpoint, with the number of updates done."""
@@ -253,6 +270,32 @@ class ImageTextStudentModel(BaseFairseqModel):
         return None
 
 
+# Of a checkpoint, what is there for a teacher's sake.
+_OF_A_TEACHER = ("objectives.", "student.heads.prediction.", "student.heads.logits.", "student.mask_token")
+
+
+def _assert_shared_encoder(cfg: Any, needs: Requirements) -> None:
+    """Raise UserError where an objective needs what this kind of shared encoder does not give."""
+    if needs.tokens and cfg.shared_kind == "mlp":
+        raise UserError(
+            "--shared-kind mlp gives the CLS token alone; an objective here needs all tokens: choose blocks"
+        )
+    if needs.hidden and cfg.shared_kind == "none":
+        raise UserError("--itc-layers hidden needs a shared encoder: --shared-kind blocks or mlp, not none")
+
+
+def _assert_grids(needs: Requirements, teacher: Any, student: ImageTextStudent) -> None:
+    """Raise UserError where patches are compared one by one and student and teacher have different ones."""
+    if not (needs.patch_grid and needs.patches) or teacher is None or teacher.grid is None:
+        return
+    own, theirs = count_image_tokens(student.image_encoder) - 1, teacher.grid[0] * teacher.grid[1]
+    if own != theirs:
+        raise UserError(
+            f"an objective compares patches one by one; the student has {own} and the teacher {theirs}: change "
+            "--image-size, --image-patch-size or --teacher-image-size"
+        )
+
+
 def _begin_again(model: ImageTextStudentModel, incompatible: Any) -> None:
     """What a checkpoint brought has not begun its next update, whatever this model has."""
     model._begun = -1
@@ -266,8 +309,9 @@ def _average_decay(cfg: Any) -> Callable[[int], float]:
             raise UserError(f"--average-{name.replace('_', '-')} {value}: want a number from 0 (none) to below 1")
     if config.end_decay == 0 or config.decay == 0:
         return lambda num_updates: config.decay
-    total = max(1, cfg.max_update)
-    return lambda num_updates: cosine_decay(config.decay, config.end_decay, num_updates / total)
+    if cfg.max_update < 1:
+        raise UserError(f"--average-end-decay {config.end_decay} is reached at the end of the run: give --max-update")
+    return lambda num_updates: cosine_decay(config.decay, config.end_decay, num_updates / cfg.max_update)
 
 
 def _setting(cfg: Any, task: Any, student: ImageTextStudent) -> Setting:

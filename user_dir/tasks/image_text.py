@@ -9,16 +9,15 @@ from typing import Any, Optional
 
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from torch import Tensor
 
 from emkum.data.augment import Augment, AugmentConfig, generator, seeded
 from emkum.data.image_text import CaptionConfig, ImageTextDataset, MultiCropConfig, collate
-from emkum.data.masking import BlockMasking, PatchMaskingConfig, TextMaskingConfig
+from emkum.data.masking import BlockMasking, PatchMaskingConfig, TextMaskingConfig, assert_mask_token
 from emkum.data.order import OrderConfig
 from emkum.data.shards import available_splits
 from emkum.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform
-from emkum.distributed import all_gather_rows, rank
+from emkum.distributed import all_gather_rows, rank, world_size
 from emkum.errors import UserError
 from emkum.layers.token_types import TokenTypes
 from emkum.models.builders import count_image_tokens
@@ -83,7 +82,7 @@ class ImageTextTask(PreparedDataTask):
         self.image_size = 0
         self.retrieval = RetrievalScores()
         # Of the token types' LayerScale, at the beginning of a validation.
-        self._scales: dict[str, Tensor] = {}
+        self._scales: dict[str, float] = {}
 
     @classmethod
     def setup_task(cls, cfg: Any, from_checkpoint: bool = False, **kwargs: Any) -> "ImageTextTask":
@@ -114,6 +113,10 @@ class ImageTextTask(PreparedDataTask):
         # A checkpoint is scored without its teacher, too: what needs one is left out.
         if self.teacher is not None or not from_checkpoint:
             assert_teacher_gives(objective_configs(names, cfg), self._offers(), self.cfg.teacher or ", ".join(FORMS))
+        if self.captions.max_tokens > cfg.text_max_positions:
+            raise UserError(
+                f"--caption-max-tokens {self.captions.max_tokens} exceeds --text-max-positions {cfg.text_max_positions}"
+            )
         return super().build_model(cfg, from_checkpoint)
 
     def prepare_inputs(self, needs: Requirements) -> None:
@@ -124,6 +127,8 @@ class ImageTextTask(PreparedDataTask):
         """
         if needs.crops and self.multi_crop.number == 0:
             raise UserError("an objective compares further crops of each image: give --multi-crop-number")
+        if needs.masked_text:
+            assert_mask_token(self.tokenizer)
         self.needs = needs
 
     def masking_of(self, student: Any) -> int:
@@ -172,6 +177,10 @@ class ImageTextTask(PreparedDataTask):
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         samples = self.open_samples(split)
         training = split == "train"
+        if training and self.captions.per_image == 0 and world_size() > 1:
+            raise UserError(
+                "--caption-per-image 0: on several devices batches need equal numbers of captions; give one"
+            )
         transform = ImageTransform(self.image_size, *((self.crops.min_scale, self.crops.flip) if training else ()))
         dataset = ImageTextDataset(
             samples,
@@ -253,11 +262,12 @@ class ImageTextTask(PreparedDataTask):
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         self.retrieval.start("")
         types = [layer for layer in model.student.modules() if isinstance(layer, TokenTypes)]
-        self._scales = types[0].scale_statistics() if types else {}
+        found = types[0].scale_statistics() if types else {}
+        self._scales = {name: float(value) for name, value in found.items()}
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         super().reduce_metrics(logging_outputs, criterion)
         if not criterion.training:
             self.retrieval.log(metrics)
             for name, value in self._scales.items():
-                metrics.log_scalar(f"token_type_scale_{name}", float(value), weight=0, round=6)
+                metrics.log_scalar(f"token_type_scale_{name}", value, weight=0, round=6)
