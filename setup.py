@@ -18,6 +18,8 @@ REQUIREMENTS = [
     # Without it `--tensorboard-logdir` logs nothing and says nothing.
     "tensorboardX",
     "numpy",
+    # Logistic regression of linear probes.
+    "scikit-learn",
     "pillow",
     "pyyaml",
     "matplotlib",
@@ -37,6 +39,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "faiss-cpu>=1.9",
+        "scipy",
         "ruff==0.17.6",
         "pyarrow",
         "transformers>=5",

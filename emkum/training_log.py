@@ -70,6 +70,10 @@ class Progress:
         if "mean_recall" in record:
             recalls = " ".join(f"{record[f'{way}_r{k}']:.1f}" for way in ("i2t", "t2i") for k in (1, 5, 10))
             shown.append(f"mean recall {record['mean_recall']:.1f} % (i2t, t2i R@1/5/10: {recalls})")
+        if "top1" in record:
+            shown.append(f"top-1 {record['top1']:.1f} %")
+        if "score" in record:
+            shown.append(f"score {record['score']:.1f}")
         return f"{tag} at update {record['step']:.0f}: " + " | ".join(shown)
 
 

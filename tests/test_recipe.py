@@ -1,18 +1,22 @@
 """Recipes, and the command lines they become."""
 
+import importlib
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fairseq import options as fairseq_options
 
-# What `--user-dir` registers; fairseq imports these itself only where nobody has imported the folder before.
-import user_dir.models.data2vec2_image
-import user_dir.models.image_text_student
-import user_dir.tasks.image_pretraining
-import user_dir.tasks.image_text  # noqa: F401
+import user_dir.models
+import user_dir.tasks
 from emkum.errors import UserError
 from emkum.recipe import parse_overrides, read_recipe, to_arguments
+
+# What `--user-dir` registers; fairseq imports these itself only where nobody has imported the folder before.
+for package in (user_dir.models, user_dir.tasks):
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples").glob("*.yaml"))

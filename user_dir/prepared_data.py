@@ -34,7 +34,6 @@ class PreparedDataConfig(FairseqDataclass):
         metadata={"help": "end the run after so many updates in a row whose gradients are not finite; each is skipped"},
     )
     seed: int = II("common.seed")
-    update_freq: list[int] = II("optimization.update_freq")
     save_dir: str = II("checkpoint.save_dir")
 
 
@@ -49,18 +48,26 @@ class PreparedDataTask(FairseqTask):
             # drawing the first epoch's crops.
             cfg.rebuild_batches, cfg.reuse_dataloader, cfg.persistent_workers = True, False, False
         # Split and ids of the latest batches, as many as an update has; updates skipped so far, in all and in a row.
-        self._batches: deque[tuple[str, Any]] = deque(maxlen=max(cfg.update_freq))
+        self._batches: deque[tuple[str, Any]] = deque(maxlen=_batches_an_update(cfg))
         self._skipped = self._skipped_in_a_row = 0
         self.folders = [folder for folder in (cfg.data or "").split(os.pathsep) if folder]
         for folder in self.folders or ["(no folder)"]:
-            if not available_splits(folder):
+            if not self.splits_in(folder):
                 raise UserError(f"{folder} holds no prepared split; make one with `emkum prepare`")
+
+    def splits_in(self, folder: str) -> list[str]:
+        """Names of the splits of this task's kind in a folder of prepared data."""
+        return available_splits(folder)
 
     def open_samples(self, split: str, require_captions: bool = True) -> MixedSamples:
         """A split: for training that of all folders, for validation the first folder's."""
         return open_mixture(self.folders if split == "train" else self.folders[:1], split, require_captions)
 
     def get_batch_iterator(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
+        # Without worker processes, a thread of fairseq's would read ahead: augmentation there and mixing, dropout and
+        # stochastic depth here would draw from the same generators.
+        if options.get("num_workers", 0) == 0:
+            options["data_buffer_size"] = 0
         iterator = super().get_batch_iterator(dataset, *arguments, **options)
         iterator.disable_shuffling = not dataset.shuffles_batches
         return iterator
@@ -136,6 +143,12 @@ class PreparedDataTask(FairseqTask):
         return None
 
     target_dictionary = source_dictionary
+
+
+def _batches_an_update(cfg: Any) -> int:
+    """The most that `--update-freq` says; 1 where a task's options stand alone."""
+    optimization = getattr(cfg._get_root(), "optimization", None)
+    return 1 if optimization is None else max(optimization.update_freq)
 
 
 def _plain(options: Any) -> Any:

@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
         help="run variants of a recipe and compare them in one table",
         description="Train each variant that a YAML file names, one after the other, and write a table of losses, "
         "recall, time and memory. A variant that is finished is not run again; one that was stopped goes on.",
-        epilog="example: emkum compare examples/compare_objectives.yaml data=data/scenes --out runs/objectives",
+        epilog="example: emkum compare examples/compare/objectives.yaml data=data/scenes --out runs/objectives",
     )
     parser.add_argument("file", type=Path, help="YAML file with recipe, options of all, and variants by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of all variants")

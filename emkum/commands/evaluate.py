@@ -1,9 +1,10 @@
-"""`emkum evaluate`: figures of a trained student on prepared data."""
+"""`emkum evaluate`: figures of a trained student, or of an image encoder, on prepared data."""
 
 import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from emkum.commands import evaluate_images, finetune
 from emkum.provenance import write_json
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("evaluate", help="evaluate a trained student")
+    parser = commands.add_parser("evaluate", help="evaluate a trained student or an encoder")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     retrieval = kinds.add_parser(
         "retrieval",
@@ -29,6 +30,8 @@ def add_parser(commands: Any) -> None:
     retrieval.add_argument("--json", help="also write the figures to this file")
     retrieval.add_argument("--batch-size", type=int, default=128, help="images encoded at once (default: %(default)s)")
     retrieval.set_defaults(run=run_retrieval)
+    evaluate_images.add_parser(kinds)
+    finetune.add_parser(kinds)
 
 
 @dataclass

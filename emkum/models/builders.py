@@ -47,7 +47,7 @@ class StudentConfig:
     attention: str = field(
         default="fused",
         metadata={
-            "help": "fused (scaled_dot_product_attention) or stock (the source libraries' own attention; of BERT always fused)"
+            "help": "fused (scaled_dot_product_attention) or stock (the source libraries' own); of BERT always fused"
         },
     )
     checkpoint_activations: bool = field(
@@ -175,7 +175,7 @@ def build_student(
     parts = collect_parts(STUDENT_PARTS, options)
     targets = targets or Targets()
     _assert_choices(parts)
-    size = _size(parts["student"])
+    size = size_of(parts["student"])
     shared = parts["shared"]
     layers = shared.layers or size.shared_layers
     image_encoder, text_encoder, sources = _encoders(parts, size, layers, vocab_size, pretrained, pad_index)
@@ -236,7 +236,12 @@ def _assert_choices(parts: Mapping[str, Any]) -> None:
             raise UserError(f"--{option.replace('_', '-')} {value!r} is unknown; choose from {', '.join(allowed)}")
 
 
-def _size(config: StudentConfig) -> Size:
+def size_of(config: StudentConfig) -> Size:
+    """Width, heads and layers that the options tell.
+
+    Raises:
+        UserError: there is no such size, or heads do not divide the width.
+    """
     if config.size not in SIZES:
         raise UserError(f"--student-size {config.size!r} is unknown; choose from {', '.join(SIZES)}")
     named = SIZES[config.size]

@@ -109,7 +109,7 @@ def build_image_encoder(config: ImageEncoderConfig, setting: EncoderSetting) -> 
     choice = _layer_choice("image", config, setting)
     rate = _rate_at_end(config.drop_path, choice)
     if name != config.encoder:
-        if not _is_transformer(name):
+        if not is_transformer(name):
             if config.drop_path or config.dropout:
                 raise UserError(
                     f"--image-drop-path and --image-dropout have no effect on {config.encoder}: leave them out"
@@ -207,7 +207,7 @@ def _rate_at_end(rate: float, choice: LayerChoice) -> float:
 _TRANSFORMERS = ("vision_transformer", "deit", "beit")
 
 
-def _is_transformer(name: str) -> bool:
+def is_transformer(name: str) -> bool:
     """Whether timm builds a model of this name as plain Vision Transformer or BEiT, as far as its registry tells."""
     base = name.split(".")[0]
     # A name that timm does not know gets the error with close ones from either encoder.

@@ -96,12 +96,20 @@ def _bert(source: str, config: TeacherConfig, layers: bool) -> Teacher:
 
 
 def _checkpoint(path: str, config: TeacherConfig, layers: bool) -> Teacher:
-    """A run's folder or checkpoint: of a student, or of Data2Vec 2 pretraining."""
+    """A run's folder or checkpoint: of a student, of Data2Vec 2 pretraining, or of an encoder by itself."""
     from emkum.checkpoint import find_checkpoint, load, model_name
+    from emkum.models.encoder_sources import DATA2VEC2_MODEL, IMAGE_MODELS, TEXT_MODELS, load_text_encoder
 
     path = find_checkpoint(path)
-    if model_name(read_checkpoint(path)) == "data2vec2_image":
+    name = model_name(read_checkpoint(path))
+    if name == DATA2VEC2_MODEL:
         return _data2vec2(str(path), config, layers)
+    if name in IMAGE_MODELS:
+        return _image_run(path, config, layers)
+    if name in TEXT_MODELS:
+        loaded = load_text_encoder(str(path))
+        tokenizer = Path(loaded.tokenizer.source)
+        return encoder_teacher(loaded.encoder, {"teacher": "checkpoint"}, config, TEXT, tokenizer, layers)
     model = load(path)
     if config.image_size not in (0, model.image_size):
         raise UserError(f"--teacher-image-size {config.image_size}: {path} was trained with {model.image_size} pixels")
@@ -114,6 +122,16 @@ def _checkpoint(path: str, config: TeacherConfig, layers: bool) -> Teacher:
         model.max_tokens,
         layers,
     )
+
+
+def _image_run(path: Path, config: TeacherConfig, layers: bool) -> Teacher:
+    """An image encoder that was distilled or fine-tuned by itself."""
+    from emkum.models.encoder_sources import load_image_encoder
+
+    encoder = load_image_encoder(str(path), image_size=config.image_size).encoder
+    if layers and not hasattr(encoder, "hidden_states"):
+        raise UserError(f"{path} is a convolutional network, which gives no layers to distill")
+    return encoder_teacher(encoder, {"teacher": "checkpoint"}, config, IMAGE, layers=layers)
 
 
 def _cached(directory: str, config: TeacherConfig, layers: bool) -> Teacher:

@@ -1,5 +1,7 @@
 """timm's Vision Transformers as image encoders."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from timm.layers import DropPath, PatchEmbed
@@ -102,18 +104,14 @@ class TimmImageEncoder(Encoder):
         Raises:
             ValueError: a padding mask, which images do not have.
         """
-        if padding_mask is not None:
-            raise ValueError("images have no padding")
-        registers = self._registers()
-        x, count = tokens, 0
-        if registers is not None:
-            count = registers.shape[1]
-            x = torch.cat([x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        x = self.model.norm_pre(x)
-        bias = () if getattr(self.model, "rel_pos_bias", None) is None else (self.model.rel_pos_bias(),)
-        for block in self.model.blocks:
-            x = self._call(block, x, *bias)
-        return torch.cat([x[:, :1], x[:, 1 + count :]], dim=1) if count else x
+        last = tokens
+        for state in self._run(tokens, padding_mask):
+            last = state
+        return self._without_registers(last)
+
+    def hidden_states(self, inputs: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
+        """(B, 1 + N, D) behind every block; arguments as of `forward`."""
+        return [self._without_registers(state) for state in self._run(self.embed(inputs), padding_mask)]
 
     def all_blocks(self) -> list[nn.Module]:
         """The kept blocks in their order."""
@@ -151,13 +149,36 @@ class TimmImageEncoder(Encoder):
         self.num_layers -= count
         self.model.blocks = self.model.blocks[: self.num_layers]
 
+    def _run(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[Tensor]:
+        """What each block gives, register tokens included."""
+        if padding_mask is not None:
+            raise ValueError("images have no padding")
+        x, registers = tokens, self._registers()
+        if registers is not None:
+            x = torch.cat([x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        x = self.model.norm_pre(x)
+        bias = () if getattr(self.model, "rel_pos_bias", None) is None else (self.model.rel_pos_bias(),)
+        for block in self.model.blocks:
+            x = self._call(block, x, *bias)
+            yield x
+
+    def _without_registers(self, tokens: Tensor) -> Tensor:
+        registers = self._register_token()
+        if registers is None:
+            return tokens
+        return torch.cat([tokens[:, :1], tokens[:, 1 + registers.shape[1] :]], dim=1)
+
     def _registers(self) -> Tensor | None:
         """(1, R, D) tokens behind the CLS token, with their positions."""
-        found = (getattr(self.model, name, None) for name in ("reg_token", "dist_token"))
-        token = next((token for token in found if token is not None), None)
+        token = self._register_token()
         if token is None or self.model.pos_embed is None or self._only_patches_have_positions:
             return token
         return token + self.model.pos_embed[:, 1 : 1 + token.shape[1]]
+
+    def _register_token(self) -> Tensor | None:
+        """(1, R, D), without positions."""
+        found = (getattr(self.model, name, None) for name in ("reg_token", "dist_token"))
+        return next((token for token in found if token is not None), None)
 
 
 def _supported_model(name: str, weights: str, image_size: int) -> nn.Module:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from emkum.errors import UserError
 from emkum.layers.layer_targets import mean_of_layers
 from emkum.layers.precision import at_least_float32
 from emkum.objectives.base import Objective, Requirements, Setting
@@ -26,6 +28,34 @@ class PatchDistillationConfig:
     )
 
 
+def distillation_targets(
+    layers: Sequence[Tensor], num_tokens: int, padding_mask: Tensor | None = None, norm_channels: bool = True
+) -> Tensor:
+    """What `patch_distillation` compares with: `mean_of_layers` of a teacher, for a student's tokens alone.
+
+    Args:
+        layers: (B, N_t, D) each, special tokens first; of these the student has the CLS token, which is the first.
+        num_tokens: N, the student's.
+        padding_mask, norm_channels: as of `patch_distillation`.
+
+    Returns:
+        (B, N, D).
+
+    Raises:
+        UserError: the layers differ in shape, or there are fewer tokens than the student has.
+    """
+    shapes = sorted({tuple(layer.shape[1:]) for layer in layers})
+    if len(shapes) > 1:
+        listing = ", ".join(f"{tokens} x {width}" for tokens, width in shapes)
+        raise UserError(f"the teacher's layers have several shapes ({listing}); give a Transformer as teacher")
+    special = shapes[0][0] - num_tokens
+    if special < 0:
+        raise UserError(f"the teacher has {shapes[0][0]} tokens, the student {num_tokens}; give one with a CLS token")
+    if special > 0:
+        layers = [torch.cat([layer[:, :1], layer[:, 1 + special :]], dim=1) for layer in layers]
+    return mean_of_layers(layers, padding_mask, norm_channels)
+
+
 def patch_distillation(
     student_layers: Sequence[Tensor],
     target_tokens: Tensor,
@@ -38,7 +68,7 @@ def patch_distillation(
 
     Args:
         student_layers: (B, N, D) each, the CLS token included.
-        target_tokens: (B, N, D), what `mean_of_layers` made of the teacher's layers with the same arguments.
+        target_tokens: (B, N, D), what `distillation_targets` made of the teacher's layers with the same arguments.
         padding_mask: (B, N), True at padding; None where nothing is padded.
         norm_channels: LayerNorm without parameters at the end, as for images.
 

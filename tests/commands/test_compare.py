@@ -88,7 +88,7 @@ def test_a_variant_that_fails_is_named(variants: Path, tmp_path: Path) -> None:
         args.run(args)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("compare_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
 def test_our_own_files_name_options_that_exist(path: Path) -> None:
     from emkum.commands.train import USER_DIR
     from emkum.recipe import read_recipe, to_arguments

@@ -6,10 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq.optim.fp16_optimizer import FP16Optimizer
+from omegaconf import OmegaConf
 
 from emkum.errors import UserError
 from tests.integration.conftest import STUDENT
 from tests.integration.in_process import Run, make_run
+from user_dir.optimizers import GroupedAdamWConfig
+
+# What fairseq's optimizer for half precision asks its options for.
+FP16 = {
+    "fp16_init_scale": 4,
+    "fp16_scale_window": None,
+    "fp16_scale_tolerance": 0.0,
+    "min_loss_scale": 1e-4,
+    "threshold_loss_scale": None,
+    "fp16_no_flatten_grads": True,
+    "model_parallel_size": 1,
+}
 
 
 def update(run: Run, number: int, poisoned: bool) -> None:
@@ -33,7 +47,9 @@ def update(run: Run, number: int, poisoned: bool) -> None:
 
 @pytest.fixture
 def run(scenes: Path, tmp_path: Path) -> Run:
-    return make_run(scenes, tmp_path, STUDENT, objectives="itc,bank_itc", bank_itc_size=16, max_nonfinite=3, update_freq=2)
+    return make_run(
+        scenes, tmp_path, STUDENT, objectives="itc,bank_itc", bank_itc_size=16, max_nonfinite=3, update_freq=2
+    )
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -66,3 +82,31 @@ def test_too_many_in_a_row_end_the_run(run: Run, tmp_path: Path) -> None:
         update(run, len(pattern), poisoned=True)
     assert "\n" not in caught.value.message
     assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_half_precision_leaves_or_hands_on_what_is_not_finite(half: str, run: Run) -> None:
+    """fairseq's optimizer for half precision stands around ours: its scaler must see an overflow, and where it has no
+    scaler the task must see that the update was skipped."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float16 if half == "fp16" else torch.bfloat16))
+    common = {"fp16": half == "fp16", "bf16": half == "bf16"}
+    cfg = OmegaConf.create(
+        {
+            "common": {**FP16, **common},
+            "optimization": {"lr": [0.1], "update_freq": [1]},
+            "optimizer": vars(GroupedAdamWConfig()) | {"_name": "grouped_adamw", "lr": [0.1], "fp16": common["fp16"]},
+            "distributed_training": {"distributed_world_size": 1, "pipeline_model_parallel": False, "ddp_backend": ""},
+        }
+    )
+    optimizer = FP16Optimizer.build_optimizer(cfg, [parameter])
+    optimizer.backward(parameter.sum() * float("inf"))
+    before = parameter.detach().clone()
+    if half == "fp16":
+        with pytest.raises(OverflowError):
+            optimizer.clip_grad_norm(1.0)
+        return
+    assert torch.isfinite(optimizer.clip_grad_norm(1.0)).all()
+    run.task._batches.append(("train", torch.arange(2)))
+    run.task.optimizer_step(optimizer, run.model, 0)
+    assert torch.equal(parameter, before)
+    assert run.task._skipped == 1

@@ -63,8 +63,11 @@ def test_sizes_of_shre() -> None:
 
 
 def test_sizes_with_a_shared_block_and_token_types() -> None:
+    """The thesis counts 117 M; ours are 117.17, of which the distillation head is 0.59 and the rest 116.58: what it
+    rounds is one of the two."""
     model = build_student({"text_encoder": "bert"}, 30_522, Targets(prediction=768))
-    assert millions(model) == pytest.approx(117, abs=0.2)
+    assert millions(model) == pytest.approx(117.17, abs=0.01)
+    assert millions(model.heads) == pytest.approx(0.59, abs=0.01)
     assert count(model.after["token_types"]) == 1_536 + 768
     assert count(model.shared_encoder) == 7_087_872 + 2 * 768
     bare = build_student({"text_encoder": "bert", "token_type_layer_scale": 0}, 30_522)

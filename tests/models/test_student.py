@@ -307,3 +307,17 @@ def test_bfloat16_autocast_is_close_to_float32(encoder: str) -> None:
             expected, actual = (getattr(getattr(o, modality), name).float() for o in (exact, rough))
             error = ((actual - expected).norm() / expected.norm()).item()
             assert 0 < error < limit, f"{modality} {name}: {error}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision of the whole model needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_a_gpu_is_close_to_float32(dtype: torch.dtype) -> None:
+    options = {"student_size": "tiny", "image_size": 32, "image_patch_size": 8}
+    model = build_student(options, VOCABULARY, Targets(5)).eval().cuda()
+    picture = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8).cuda()
+    text, mask = (part.cuda() for part in captions())
+    exact = model(picture, text, mask)
+    rough = model.to(dtype)(picture, text, mask)
+    for expected, actual in zip(compared(exact), compared(rough), strict=True):
+        assert actual.dtype == dtype
+        assert (actual.float() - expected).norm() < 2e-2 * expected.norm()

@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from emkum.errors import UserError
 from emkum.layers.layer_targets import mean_of_layers
-from emkum.objectives.patch_distillation import PatchDistillation, PatchDistillationConfig, patch_distillation
+from emkum.objectives.patch_distillation import (
+    PatchDistillation,
+    PatchDistillationConfig,
+    distillation_targets,
+    patch_distillation,
+)
 from emkum.outputs import StudentOutput
 from tests.objectives.cases import SETTING, make_case
 from tests.objectives.naive import assert_equals, cosine, layer_norm, mean
@@ -45,10 +51,10 @@ def test_unimodal_distillation_against_loops(lengths: list[int], norm_channels: 
         naive_tokens(student, lengths, norm_channels), naive_tokens(teacher, lengths, norm_channels), strict=True
     )
     expected = mean([((ours - theirs) ** 2).sum() / 6 for ours, theirs in pairs])
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
     found, wanted = torch.autograd.grad(loss, student), torch.autograd.grad(expected, student)
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 def test_padding_does_not_matter() -> None:
@@ -69,6 +75,20 @@ def test_padding_does_not_matter() -> None:
     )
     torch.testing.assert_close(short, long)
     assert patch_distillation([teacher], targets[0], padding).item() == 0
+
+
+def test_of_a_teachers_tokens_those_of_the_student_count() -> None:
+    """Special tokens that the student does not have are left out before anything is normed."""
+    layers = [torch.randn(2, 8, 6, dtype=torch.float64) for _ in range(3)]
+    kept = [torch.cat([layer[:, :1], layer[:, 3:]], dim=1) for layer in layers]
+    assert torch.equal(distillation_targets(layers, 6), mean_of_layers(kept))
+    assert torch.equal(distillation_targets(layers, 8), mean_of_layers(layers))
+    padding = torch.arange(8) >= torch.tensor([[8], [5]])
+    assert torch.equal(distillation_targets(layers, 8, padding, False), mean_of_layers(layers, padding, False))
+    with pytest.raises(UserError, match="the teacher has 8 tokens, the student 9; give one with a CLS token"):
+        distillation_targets(layers, 9)
+    with pytest.raises(UserError, match="layers have several shapes .4 x 12, 8 x 6.; give a Transformer"):
+        distillation_targets([*layers, torch.randn(2, 4, 12)], 8)
 
 
 @pytest.mark.parametrize("whiten", [False, True])

@@ -17,20 +17,43 @@ from emkum.options import collect_parts, flat_fields
 from user_dir.config import flat_dataclass
 from user_dir.criterions.multi_objective import MultiObjectiveConfig
 from user_dir.models.data2vec2_image import Data2Vec2ImageConfig
+from user_dir.models.dino_image import DinoImageConfig
+from user_dir.models.image_classifier import ImageClassifierConfig
 from user_dir.models.image_quantizer import ImageQuantizerConfig
 from user_dir.models.image_text_student import ImageTextStudentConfig
+from user_dir.models.masked_language_model import MaskedLanguageModelConfig
+from user_dir.models.text_classifier import TextClassifierConfig
+from user_dir.models.unimodal_student import ImageStudentConfig, TextStudentConfig
 from user_dir.optimizers import GroupedAdamWConfig
+from user_dir.tasks.glue import GlueConfig
+from user_dir.tasks.image_classification import ImageClassificationConfig
+from user_dir.tasks.image_distillation import ImageDistillationConfig
 from user_dir.tasks.image_pretraining import ImagePretrainingConfig
 from user_dir.tasks.image_quantization import ImageQuantizationConfig
 from user_dir.tasks.image_text import ImageTextConfig
+from user_dir.tasks.image_views import ImageViewsConfig
+from user_dir.tasks.text_distillation import TextDistillationConfig
+from user_dir.tasks.text_pretraining import TextPretrainingConfig
 
 CONFIGS = {
     "task image_text": ImageTextConfig,
     "task image_pretraining": ImagePretrainingConfig,
     "task image_quantization": ImageQuantizationConfig,
+    "task image_distillation": ImageDistillationConfig,
+    "task image_views": ImageViewsConfig,
+    "task image_classification": ImageClassificationConfig,
+    "task text_distillation": TextDistillationConfig,
+    "task text_pretraining": TextPretrainingConfig,
+    "task glue": GlueConfig,
     "model image_text_student": ImageTextStudentConfig,
     "model data2vec2_image": Data2Vec2ImageConfig,
     "model image_quantizer": ImageQuantizerConfig,
+    "model image_student": ImageStudentConfig,
+    "model text_student": TextStudentConfig,
+    "model masked_language_model": MaskedLanguageModelConfig,
+    "model dino_image": DinoImageConfig,
+    "model image_classifier": ImageClassifierConfig,
+    "model text_classifier": TextClassifierConfig,
     "criterion multi_objective": MultiObjectiveConfig,
     "optimizer grouped_adamw": GroupedAdamWConfig,
 }

@@ -20,6 +20,7 @@ from emkum.models.builders import STUDENT_PARTS, Targets, build_student, count_i
 from emkum.models.chunked import encode_in_chunks, pieces_of_groups
 from emkum.models.parameter_groups import FreezeConfig, LearningRateConfig, assign_overrides, freeze
 from emkum.models.student import ImageTextStudent
+from emkum.models.student_start import fill_objectives, fill_student
 from emkum.objectives import (
     OBJECTIVE_PARTS,
     Requirements,
@@ -40,6 +41,13 @@ from ..config import flat_dataclass
 class _ObjectiveChoice(FairseqDataclass):
     objectives: str = field(
         default="itc", metadata={"help": f"objectives, separated by commas: {', '.join(OBJECTIVE_PARTS)}"}
+    )
+    init_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "run's folder or checkpoint of a student to start from, with its architecture and tokenizer; heads "
+            "of objectives that it did not have begin anew; empty = from pretrained encoders or random weights"
+        },
     )
     autocast: Optional[str] = field(default=None, metadata={"help": AUTOCAST_HELP})
     contrastive_chunk: int = field(
@@ -138,8 +146,11 @@ class ImageTextStudentModel(BaseFairseqModel):
             masked_images=needs.masked_image,
             cls_attention=needs.cls_attention,
         )
-        special = task.tokenizer.special
-        student = build_student(cfg, task.tokenizer.vocab_size, targets, task.load_pretrained, special.pad)
+        special, start = task.tokenizer.special, task.start
+        pretrained = task.load_pretrained and start is None
+        student = build_student(cfg, task.tokenizer.vocab_size, targets, pretrained, special.pad)
+        if start is not None:
+            fill_student(student, start)
         _assert_grids(needs, task.teacher, student)
         if cfg.contrastive_chunk > 0 and any(isinstance(part, _BatchNorm) for part in student.modules()):
             raise UserError(
@@ -154,6 +165,8 @@ class ImageTextStudentModel(BaseFairseqModel):
             )
         ema = EmaCopy(student, decay(0)) if decay(0) > 0 else None
         objectives = build_objectives(list(configs), cfg, _setting(cfg, task, student))
+        if start is not None:
+            fill_objectives(objectives, start)
         fused = cfg.student_attention == "fused"
         if task.teacher is not None:
             assert_fitted_to(objectives, task.teacher.identity)

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
+from omegaconf import open_dict
 
 from emkum.data.augment import Augment, AugmentConfig, generator, seeded
 from emkum.data.image_text import CaptionConfig, ImageTextDataset, MultiCropConfig, collate
@@ -21,6 +22,7 @@ from emkum.distributed import all_gather_rows, rank, world_size
 from emkum.errors import UserError
 from emkum.layers.token_types import TokenTypes
 from emkum.models.builders import count_image_tokens
+from emkum.models.student_start import StudentStart, assert_same_tokenizer, read_start
 from emkum.models.teacher_builders import FORMS, assert_reads_images, build_teacher
 from emkum.objectives import Requirements, assert_teacher_gives, objective_configs, parse_objectives
 from emkum.options import collect_parts
@@ -76,6 +78,8 @@ class ImageTextTask(PreparedDataTask):
         self.patch_masking: BlockMasking | None = None
         self.tokenizer = load_tokenizer(self.captions.tokenizer or self.folders[0])
         self.load_pretrained = load_pretrained
+        # The student that the run starts from, while the model is built; None = none.
+        self.start: StudentStart | None = None
         self.teacher = None
         # By which the teacher reads captions; None where it reads none.
         self.teacher_tokenizer = None
@@ -97,6 +101,12 @@ class ImageTextTask(PreparedDataTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         names = parse_objectives(cfg.objectives)
+        if self.load_pretrained and cfg.init_from:
+            self.start = read_start(cfg.init_from)
+            assert_same_tokenizer(self.tokenizer, self.start)
+            # The checkpoint's own options rebuild the student, without the source.
+            with open_dict(cfg):
+                cfg.update(self.start.options)
         self.image_size = cfg.image_size
         if self.cfg.teacher:
             if self.cfg.teacher == SELF:
@@ -117,7 +127,9 @@ class ImageTextTask(PreparedDataTask):
             raise UserError(
                 f"--caption-max-tokens {self.captions.max_tokens} exceeds --text-max-positions {cfg.text_max_positions}"
             )
-        return super().build_model(cfg, from_checkpoint)
+        model = super().build_model(cfg, from_checkpoint)
+        self.start = None
+        return model
 
     def prepare_inputs(self, needs: Requirements) -> None:
         """Give the objectives what they need of each sample.
