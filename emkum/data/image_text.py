@@ -254,6 +254,20 @@ class ImageTextDataset(torch.utils.data.Dataset):
         return [captions[i] for i in order[:count]]
 
 
+# Of a batch's tensors, those that every student reads, and those beside them, of which some batches have not all.
+_INPUT = ("text", "padding_mask", "image_ids", "caption_image")
+_BESIDE_THE_INPUT = (
+    "id",
+    "view",
+    "special",
+    "teacher_text",
+    "teacher_padding_mask",
+    "masked_text",
+    "masked_text_targets",
+    "patch_mask",
+)
+
+
 def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, teacher_pad: int = PAD) -> dict[str, Any]:
     """Stack items to a batch of B images and T captions.
 
@@ -303,25 +317,15 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
     targets = small.get("masked_text_targets")
     tensors = {name: torch.from_numpy(array) for name, array in small.items()}
     return {
-        "id": tensors["id"],
+        **{name: tensors.get(name) for name in _BESIDE_THE_INPUT},
         "split": first.split,
-        "view": tensors["view"],
         "teacher_image": None if first.teacher_image is None else stack_crops([item.teacher_image for item in items]),
-        "teacher_text": tensors.get("teacher_text"),
-        "teacher_padding_mask": tensors.get("teacher_padding_mask"),
-        "masked_text": tensors.get("masked_text"),
-        "masked_text_targets": tensors.get("masked_text_targets"),
         "num_text_targets": None if targets is None else int((targets != IGNORE).sum()),
-        "patch_mask": tensors.get("patch_mask"),
-        "special": tensors["special"],
         "crops": None if first.crops is None else stack_crops(_by_view([item.crops for item in items])),
         "net_input": {
+            **{name: tensors[name] for name in _INPUT},
             "image": stack_crops([item.image for item in items]),
-            "text": tensors["text"],
-            "padding_mask": tensors["padding_mask"],
             "groups": groups,
-            "image_ids": tensors["image_ids"],
-            "caption_image": tensors["caption_image"],
         },
         "nsentences": len(items),
         "ntokens": int(lengths.sum()),

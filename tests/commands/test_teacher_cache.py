@@ -44,7 +44,7 @@ def shards_of(out: Path) -> list[Path]:
     return sorted(out.glob("*/*.npy"))
 
 
-def refuse(command: list[str], message: str) -> str:
+def assert_refused(command: list[str], message: str) -> str:
     with pytest.raises(UserError, match=message) as caught:
         main(command)
     assert "\n" not in str(caught.value)
@@ -174,7 +174,9 @@ def test_another_cache_in_the_folder_is_refused_and_left_alone(
     whole: Path, words: Callable[..., list[str]], folder_bytes: Callable, changes: dict[str, Any], message: str
 ) -> None:
     before = folder_bytes(whole)
-    refuse(words(whole, **changes), f"holds another teacher cache .*{message}.*choose another --out or remove it")
+    assert_refused(
+        words(whole, **changes), f"holds another teacher cache .*{message}.*choose another --out or remove it"
+    )
     assert folder_bytes(whole) == before
 
 
@@ -186,10 +188,10 @@ def test_other_weights_and_other_data_are_refused(
     save_model: Callable[..., Path],
 ) -> None:
     other = save_model(tmp_path / "other.safetensors", scale=2)
-    assert "teacher.weights_sha256" in refuse(words(whole, weights=other), "holds another teacher cache")
+    assert "teacher.weights_sha256" in assert_refused(words(whole, weights=other), "holds another teacher cache")
     data = tmp_path / "scenes"
     run_prepare("scenes", "--out", data, "--num-images", 20, "--seed", 2, "--image-size", SIDE, "--vocab-size", 0)
-    message = refuse(words(whole, data=data), "holds another teacher cache")
+    message = assert_refused(words(whole, data=data), "holds another teacher cache")
     assert "splits.train.data_hash" in message and "weights_sha256" not in message
 
 
@@ -201,7 +203,7 @@ def test_a_place_that_holds_something_else(words: Callable[..., list[str]], tmp_
         out.mkdir()
         mine = out / {"folder": "mine.txt", "damaged": "cache.json"}[what]
     mine.write_text("mine")
-    refuse(words(out), "exists and holds no teacher cache: choose another --out")
+    assert_refused(words(out), "exists and holds no teacher cache: choose another --out")
     assert mine.read_text() == "mine" and [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
@@ -223,7 +225,7 @@ def test_a_place_that_holds_something_else(words: Callable[..., list[str]], tmp_
     ],
 )
 def test_wrong_options(words: Callable[..., list[str]], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    refuse(words(tmp_path / "cache", **changes), message)
+    assert_refused(words(tmp_path / "cache", **changes), message)
     assert not (tmp_path / "cache").exists()
 
 
@@ -259,7 +261,7 @@ def test_what_a_teacher_does_not_have(
     side = SIDE if modality == "image" else 0
     teacher = FrozenTeacher(Stub(), {"teacher": "stub"}, side, modalities=(modality,))
     monkeypatch.setattr(teacher_builders, "build_teacher", lambda *_, **__: teacher)
-    refuse(words(tmp_path / "cache", spec="bert:x", store=store, logits_top=0), message)
+    assert_refused(words(tmp_path / "cache", spec="bert:x", store=store, logits_top=0), message)
     assert not (tmp_path / "cache").exists()
 
 
@@ -267,7 +269,7 @@ def test_features_that_do_not_fit_float16_are_not_stored(
     words: Callable[..., list[str]], tmp_path: Path, save_model: Callable[..., Path]
 ) -> None:
     huge = save_model(tmp_path / "huge.safetensors", scale=1e6)
-    refuse(
+    assert_refused(
         words(tmp_path / "cache", weights=huge, store="features", logits_top=0),
         r"features of sample 0 of split 'train' \(view 0\) do not fit float16: they reach from -.*e\+06 to .*e\+06",
     )
@@ -279,7 +281,7 @@ def test_features_that_do_not_fit_float16_are_not_stored(
 def test_an_image_that_cannot_be_decoded(words: Callable[..., list[str]], tmp_path: Path, workers: int) -> None:
     with ShardWriter(tmp_path / "data" / "train") as writer:
         writer.add("dog", b"no image", "jpg", ["a dog"])
-    refuse(
+    assert_refused(
         words(tmp_path / "cache", data=tmp_path / "data", workers=workers),
         r"sample 0 \(dog\) of split 'train' has no usable image: no image, or damaged",
     )

@@ -121,7 +121,7 @@ def features_with_layers(model: nn.Module, layers: list[int], **inputs) -> Tenso
         return model.extract_features(remove_extra_tokens=False, **inputs)["x"]
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
@@ -137,12 +137,12 @@ def test_image_features_of_the_source(image_source, fused):
     outputs, source = block_outputs(model, source=images)
     with torch.no_grad():
         encoded = encoder(images)
-        close(encoded.tokens, source["x"])
+        assert_same(encoded.tokens, source["x"])
         for actual, expected in zip(encoder.hidden_states(images, end_of_block=True), outputs, strict=True):
-            close(actual, expected)
+            assert_same(actual, expected)
         targets = source["layer_results"]
         for actual, expected in zip(encoder.hidden_states(images)[-len(targets) :], targets, strict=True):
-            close(actual, expected)
+            assert_same(actual, expected)
     assert encoded.tokens.shape == (2, 1 + (SIDE // PATCH) ** 2, WIDTH) and encoded.padding_mask is None
     assert (encoder.width, encoder.num_heads, encoder.image_size) == (WIDTH, HEADS, SIDE)
 
@@ -157,11 +157,11 @@ def test_text_features_of_the_source(text_source, fused):
     _, full = block_outputs(model, source=tokens[:1])
     with torch.no_grad():
         encoded = encoder(tokens, padding_mask)
-        close(encoded.tokens[~padding_mask], padded["x"][~padding_mask])
-        close(encoder(tokens[:1]).tokens, full["x"])
+        assert_same(encoded.tokens[~padding_mask], padded["x"][~padding_mask])
+        assert_same(encoder(tokens[:1]).tokens, full["x"])
         states = encoder.hidden_states(tokens, padding_mask, end_of_block=True)
     for actual, expected in zip(states, outputs, strict=True):
-        close(actual[~padding_mask], expected[~padding_mask])
+        assert_same(actual[~padding_mask], expected[~padding_mask])
     assert encoded.padding_mask is padding_mask
     assert (encoder.width, encoder.max_positions, encoder.vocab_size) == (WIDTH, 512, VOCABULARY)
 
@@ -183,8 +183,8 @@ def test_chosen_image_layers(image_source, choice, layers):
     encoder = image_encoder_from_checkpoint(path, choice=choice).eval()
     images = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        close(encoder(images).tokens, features_with_layers(model, layers, source=images))
-        close(encoder(images[:1]).tokens, features_with_layers(model, layers, source=images[:1]))
+        assert_same(encoder(images).tokens, features_with_layers(model, layers, source=images))
+        assert_same(encoder(images[:1]).tokens, features_with_layers(model, layers, source=images[:1]))
     assert encoder.num_layers == len(layers) == len(encoder.hidden_states(images))
 
 
@@ -195,8 +195,8 @@ def test_chosen_text_layers(text_source, choice, layers):
     tokens, padding_mask = text_batch()
     expected = features_with_layers(model, layers, source=tokens, padding_mask=padding_mask)
     with torch.no_grad():
-        close(encoder(tokens, padding_mask).tokens[~padding_mask], expected[~padding_mask])
-        close(encoder(tokens[:1]).tokens, features_with_layers(model, layers, source=tokens[:1]))
+        assert_same(encoder(tokens, padding_mask).tokens[~padding_mask], expected[~padding_mask])
+        assert_same(encoder(tokens[:1]).tokens, features_with_layers(model, layers, source=tokens[:1]))
     assert encoder.num_layers == len(layers)
 
 
@@ -207,8 +207,8 @@ def test_first_layers_are_those_inside_the_whole_source(image_source, text_sourc
     image_encoder = image_encoder_from_checkpoint(image_source[1], choice=LayerChoice(6)).eval()
     text_encoder = text_encoder_from_checkpoint(text_source[1], choice=LayerChoice(6)).eval()
     with torch.no_grad():
-        close(image_encoder(images).tokens, outputs[5])
-        close(text_encoder(tokens, padding_mask).tokens[~padding_mask], texts[5][~padding_mask])
+        assert_same(image_encoder(images).tokens, outputs[5])
+        assert_same(text_encoder(tokens, padding_mask).tokens[~padding_mask], texts[5][~padding_mask])
 
 
 @pytest.mark.parametrize("prenet_depth", [0, 1, 3, 6])
@@ -220,7 +220,7 @@ def test_layers_may_lie_in_the_prenet_or_not(image_source, prenet_depth):
     for choice, chosen in ((None, range(6)), (LayerChoice(6, every_second=True), range(0, 12, 2))):
         load_data2vec2_weights(encoder, path, choice)
         with torch.no_grad():
-            close(encoder(images).tokens, features_with_layers(model, list(chosen), source=images))
+            assert_same(encoder(images).tokens, features_with_layers(model, list(chosen), source=images))
 
 
 def test_another_image_size(image_source):
@@ -233,7 +233,7 @@ def test_another_image_size(image_source):
     encoder = image_encoder_from_checkpoint(path, 2 * SIDE, LayerChoice(6)).eval()
     images = torch.randn(2, 3, 2 * SIDE, 2 * SIDE)
     with torch.no_grad():
-        close(encoder(images).tokens, features_with_layers(larger, list(range(6)), source=images))
+        assert_same(encoder(images).tokens, features_with_layers(larger, list(range(6)), source=images))
     assert encoder(images).tokens.shape == (2, 37, WIDTH) and encoder.image_size == 2 * SIDE
 
 
@@ -244,7 +244,7 @@ def test_padding_changes_nothing(text_source):
         together = encoder(tokens, padding_mask).tokens
         for row, (ids, mask) in enumerate(zip(tokens, padding_mask, strict=True)):
             alone = encoder(ids[~mask][None]).tokens[0]
-            close(together[row, ~mask], alone, 1e-6)
+            assert_same(together[row, ~mask], alone, 1e-6)
 
 
 def test_dropout_is_that_of_the_source(text_source):
@@ -259,7 +259,7 @@ def test_dropout_is_that_of_the_source(text_source):
         expected = model.extract_features(tokens, padding_mask=padding_mask, remove_extra_tokens=False)["x"]
         torch.manual_seed(1)
         actual = encoder(tokens, padding_mask).tokens
-    close(actual[~padding_mask], expected[~padding_mask])
+    assert_same(actual[~padding_mask], expected[~padding_mask])
 
 
 def test_safetensors(image_source, tmp_path):
@@ -272,7 +272,7 @@ def test_safetensors(image_source, tmp_path):
     load_data2vec2_weights(encoder, tmp_path / "weights.safetensors")
     images = torch.randn(1, 3, SIDE, SIDE)
     with torch.no_grad():
-        close(encoder(images).tokens, model.extract_features(images, remove_extra_tokens=False)["x"])
+        assert_same(encoder(images).tokens, model.extract_features(images, remove_extra_tokens=False)["x"])
     with pytest.raises(UserError, match="attention heads"):
         image_encoder_from_checkpoint(tmp_path / "weights.safetensors")
 
@@ -299,11 +299,11 @@ def test_what_is_added_to_words_is_normed_with_them(text_source):
     with torch.no_grad():
         # Positions are counted from 2 on, over all tokens but padding.
         plain = local.embed_tokens.weight[tokens[0]] + local.embed_positions.weight[2 : 2 + tokens.shape[1]]
-        close(encoder.embed(tokens)[0], plain, 1e-6)
+        assert_same(encoder.embed(tokens)[0], plain, 1e-6)
         actual = encoder.encode(encoder.embed(tokens) + added, padding_mask)
         local.embed_tokens.weight += added
         expected = model.extract_features(tokens, padding_mask=padding_mask, remove_extra_tokens=False)["x"]
-    close(actual[~padding_mask], expected[~padding_mask])
+    assert_same(actual[~padding_mask], expected[~padding_mask])
 
 
 def test_masked_patches_are_replaced_before_positions(image_source):
@@ -320,10 +320,10 @@ def test_masked_patches_are_replaced_before_positions(image_source):
         expected = source.contextualized_features(features, None, mask=False, remove_masked=False)["x"]
         for block in model.blocks:
             expected, _ = block(expected)
-    close(actual.detach(), expected)
+    assert_same(actual.detach(), expected)
     assert torch.autograd.grad(actual.square().sum(), mask_token)[0].abs().sum() > 0
     encoder.embed(images, torch.ones_like(masked), mask_token).sum().backward()
-    close(mask_token.grad, torch.full((WIDTH,), 18.0))
+    assert_same(mask_token.grad, torch.full((WIDTH,), 18.0))
     assert encoder.modality_encoders["IMAGE"].local_encoder.proj.weight.grad.abs().max() == 0
 
 
@@ -376,10 +376,10 @@ def test_the_seventh_block_can_be_had_and_taken_off(image_source):
     images = torch.randn(1, 3, SIDE, SIDE)
     outputs, _ = block_outputs(model, source=images)
     with torch.no_grad():
-        close(encoder(images).tokens, outputs[5])
+        assert_same(encoder(images).tokens, outputs[5])
         assert encoder.num_layers == 6 == len(encoder.all_blocks())
         encoder.drop_last_blocks(5)
-        close(encoder(images).tokens, outputs[0])
+        assert_same(encoder(images).tokens, outputs[0])
     assert encoder.num_layers == 1 == len(encoder.all_blocks())
 
 
@@ -423,7 +423,7 @@ def test_recomputed_activations_give_the_same_gradients(modality):
     assert torch.equal(output, plain) and (once, twice) == (4, 8)
     assert gradients.keys() == expected.keys() and any(value.abs().max() > 0 for value in expected.values())
     for name, gradient in gradients.items():
-        close(gradient, expected[name], 1e-6)
+        assert_same(gradient, expected[name], 1e-6)
 
 
 def test_embedding_parameters(image_source, text_source):

@@ -44,7 +44,7 @@ TEXT = torch.tensor([[2, 7, 8, 9, 3], [2, 11, 3, PAD, PAD]])
 HIDDEN = TEXT == PAD
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
@@ -73,12 +73,12 @@ def test_poolings_tokens_and_layers(layers: bool, padded: bool) -> None:
     mean = torch.stack([row.mean(0) for row in rows])
     for pooling, expected in (("default", tokens[:, 0]), ("cls", tokens[:, 0]), ("mean", mean)):
         output = teacher_of(model, pooling=pooling, layers=layers)(batch(TEXT, hidden))
-        close(output.features, expected)
-        close(output.patches, tokens)
+        assert_same(output.features, expected)
+        assert_same(output.patches, tokens)
         assert output.text_features is None and output.logits is None
         assert (output.layers is None) == (not layers)
         for actual, state in zip(output.layers or states, states, strict=True):
-            close(actual, state)
+            assert_same(actual, state)
 
 
 def test_padding_changes_no_feature() -> None:
@@ -86,7 +86,7 @@ def test_padding_changes_no_feature() -> None:
     for pooling in ("cls", "mean"):
         teacher = teacher_of(model, pooling=pooling)
         together = teacher(batch(TEXT, HIDDEN)).features
-        close(together[1:], teacher(batch(TEXT[1:, :3], None)).features)
+        assert_same(together[1:], teacher(batch(TEXT[1:, :3], None)).features)
 
 
 @pytest.mark.parametrize(
