@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 
 from emkum.objectives import OBJECTIVES, build_objectives
-from tests.objectives.cases import CAPTIONS, OPTIONS, SETTING, make_case, part_of, with_gradients
+from tests.objectives.cases import CAPTIONS, OPTIONS, SETTING, after_updates, make_case, part_of
 from tests.objectives.target_files import write_target_files
 
 IMAGES, STEPS = 8, 2
@@ -17,18 +17,7 @@ def run_objective(name: str, options: dict[str, object], rows: slice) -> dict[st
     """Some rows of two batches through an objective: last loss, gradients and buffers after, by name."""
     torch.manual_seed(0)
     objective = build_objectives([name], options, SETTING)[name].double().train()
-    for step in range(STEPS):
-        objective.begin_update(step, 0.9)
-        student, teacher, batch = part_of(make_case(IMAGES, seed=step), rows)
-        student, leaves = with_gradients(student)
-        objective.zero_grad()
-        loss = objective(student, teacher, batch).loss
-        loss.backward()
-    objective.begin_update(STEPS, 0.9)
-    found = {"loss": loss.detach()}
-    found |= {f"parameter {key}": p.grad for key, p in objective.named_parameters() if p.grad is not None}
-    found |= {f"input {key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-    return found | {f"buffer {key}": value for key, value in objective.named_buffers()}
+    return after_updates(objective, [part_of(make_case(IMAGES, seed=step), rows) for step in range(STEPS)])
 
 
 def worker(rank: int, world: int, port: int, options: dict[str, object], queue: mp.SimpleQueue) -> None:

@@ -19,6 +19,7 @@ from emkum.data.shards import available_splits
 from emkum.distributed import rank
 from emkum.errors import UserError
 from emkum.provenance import package_versions, write_json
+from emkum.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,13 @@ class PreparedDataConfig(FairseqDataclass):
 
 
 class PreparedDataTask(FairseqTask):
-    """A task on a folder of `emkum prepare`: early checks, fresh batches each epoch, a record of the run."""
+    """A task on a folder of `emkum prepare`: early checks, fresh batches each epoch, a record of the run.
+
+    Attributes:
+        teacher: frozen, outside every module that is wrapped or saved; None without one.
+    """
+
+    teacher: Teacher | None = None
 
     def __init__(self, cfg: Any) -> None:
         refuse_half_precision_on_cpu(cfg)
@@ -73,7 +80,7 @@ class PreparedDataTask(FairseqTask):
         return iterator
 
     def train_step(self, sample: dict[str, Any], *arguments: Any, **options: Any) -> tuple:
-        self._batches.append((sample.get("split", "train"), sample["id"]))
+        self._batches.append((sample["split"], sample["id"]))
         return super().train_step(sample, *arguments, **options)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
@@ -104,9 +111,18 @@ class PreparedDataTask(FairseqTask):
         logger.warning("update %d is skipped: its gradients are not finite; its samples are in %s", update_num, path)
         return path
 
-    def assert_same_teacher(self, identity: dict[str, Any] | None) -> None:
+    @property
+    def _teacher_identity(self) -> dict[str, Any] | None:
+        return None if self.teacher is None else self.teacher.identity
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep of the task: which teacher it was."""
+        identity = self._teacher_identity
+        return super().state_dict() | ({} if identity is None else {"teacher": identity})
+
+    def _assert_same_teacher(self) -> None:
         """A run that goes on from its checkpoint goes on with its teacher."""
-        folder = Path(self.cfg.save_dir)
+        folder, identity = Path(self.cfg.save_dir), self._teacher_identity
         if not (folder / "checkpoint_last.pt").is_file() or not (folder / "run.json").is_file():
             return
         before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("teacher")
@@ -119,18 +135,23 @@ class PreparedDataTask(FairseqTask):
             )
 
     def record_run(self, train_hash: str, **more: Any) -> None:
-        """Leave beside the checkpoints what the run was made with: options, versions, hash of the training data.
+        """Leave beside the checkpoints what the run was made with: options, versions, data, identity of the teacher.
 
         Args:
             train_hash: content hash of the training split.
             more: further entries of the record.
+
+        Raises:
+            UserError: the run was begun with another teacher.
         """
+        self._assert_same_teacher()
         if rank() != 0:
             return
         record = {
             "options": _plain(OmegaConf.to_container(self.cfg._get_root(), resolve=True, enum_to_str=True)),
             "versions": package_versions(),
             "data": {"folders": [str(Path(folder).resolve()) for folder in self.folders], "train_hash": train_hash},
+            "teacher": self._teacher_identity,
             **more,
         }
         write_json(Path(self.cfg.save_dir) / "run.json", record)

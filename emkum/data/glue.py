@@ -5,7 +5,6 @@ apart by what stands between them: BERT's [SEP], or fairseq's two </s>, as RoBER
 """
 
 import hashlib
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -16,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from emkum.data.labels import read_class_names
+from emkum.data.shards import CLASSES_NAME
 from emkum.data.tables import ROWS_NAME, TABLE_NAME, Table
 from emkum.data.text import TextItem, collate_text
 from emkum.data.tokenizers import BertTokenizer, SpecialTokens, Tokenizer
 from emkum.errors import UserError
 
-# Names of the classes by label, beside a task's splits; a task whose labels are scores has none.
-CLASSES_NAME = "classes.json"
 TOP_SCORE = 5.0
 # Begin, one piece, what separates, one piece, end: less is no pair.
 _LEAST_TOKENS = 6
@@ -47,16 +46,7 @@ def read_classes(folder: str | Path) -> tuple[str, ...]:
     Raises:
         UserError: the file of names is damaged.
     """
-    path = Path(folder) / CLASSES_NAME
-    if not path.is_file():
-        return ()
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        names = None
-    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} does not list the names of classes as class_name: prepare the data again")
-    return tuple(names)
+    return tuple(read_class_names(folder)) if (Path(folder) / CLASSES_NAME).is_file() else ()
 
 
 def join_sentences(

@@ -69,11 +69,16 @@ class ImageDataset(torch.utils.data.Dataset):
         return ImageItem(int(index), [self.transform(image, rng)])
 
 
-def collate(items: list[ImageItem]) -> dict[str, Any]:
+def collate(items: list[ImageItem], split: str = "train") -> dict[str, Any]:
     """Stack items to a batch of B images.
 
+    Args:
+        items: what the dataset returned.
+        split: name of the split that they are of.
+
     Returns:
-        id: (B,) int64. net_input: image (B, 3, S, S) uint8, the first crop. views: all crops, (B, 3, S, S) uint8 each.
+        id: (B,) int64. split: its name. net_input: image (B, 3, S, S) uint8, the first crop. views: all crops,
+        (B, 3, S, S) uint8 each.
         nsentences, ntokens: B. Empty for no items.
     """
     if not items:
@@ -81,6 +86,7 @@ def collate(items: list[ImageItem]) -> dict[str, Any]:
     views = [stack_crops(list(crops)) for crops in zip(*(item.views for item in items), strict=True)]
     return {
         "id": torch.tensor([item.id for item in items]),
+        "split": split,
         "net_input": {"image": views[0]},
         "views": views,
         "nsentences": len(items),

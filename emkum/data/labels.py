@@ -19,10 +19,9 @@ import torch
 
 from emkum.data.images import ImageDataset, ImageItem, collate
 from emkum.data.mixture import MixedSamples
-from emkum.data.shards import FOREIGN_JSON, INDEX_NAME, OWN_JSON, ShardedSamples
+from emkum.data.shards import CLASSES_NAME, FOREIGN_JSON, INDEX_NAME, OWN_JSON, ShardedSamples
 from emkum.errors import UserError
 
-_CLASSES_NAME = "classes.json"
 _MAKERS = "`emkum prepare` makes sets with classes of cifar10, cifar100, imagenet and image-folder"
 
 
@@ -32,17 +31,17 @@ def read_class_names(folder: str | Path) -> list[str]:
     Raises:
         UserError: the set has no classes, or no list of two or more of them.
     """
-    path = Path(folder) / _CLASSES_NAME
+    path = Path(folder) / CLASSES_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {_CLASSES_NAME}, so its images have no classes; {_MAKERS}") from None
+        raise UserError(f"{folder} has no {CLASSES_NAME}, so its images have no classes; {_MAKERS}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     names = content.get("class_name") if isinstance(content, dict) else None
-    if not isinstance(names, list) or len(names) < 2:
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path} lists no two classes: want {{"class_name": ["cat", "dog"]}}, in the order of labels')
-    return [str(name) for name in names]
+    return names
 
 
 def read_labels(samples: MixedSamples, num_classes: int) -> np.ndarray:
@@ -113,7 +112,7 @@ def _label(text: bytes, row: int, num_classes: int, directory: Path) -> int:
         )
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
         raise UserError(
-            f"{directory}: sample {key} has the label {label!r}; {_CLASSES_NAME} lists {num_classes} classes, which "
+            f"{directory}: sample {key} has the label {label!r}; {CLASSES_NAME} lists {num_classes} classes, which "
             f"are 0 ... {num_classes - 1}"
         )
     return label

@@ -24,6 +24,8 @@ import numpy as np
 
 from emkum.errors import UserError
 
+# Beside the splits of a set with classes: their names by label, as `class_name`.
+CLASSES_NAME = "classes.json"
 INDEX_NAME = "index.npy"
 MANIFEST_NAME = "shards.json"
 MANIFEST_VERSION = 1

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from emkum.layers.precision import Autocast
+
 
 def choose_attention_kernel(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Set timm's attention layers to the faster of fused and plain attention.
@@ -14,3 +16,17 @@ def choose_attention_kernel(module: nn.Module, device: torch.device, dtype: torc
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):
             layer.fused_attn = fused
+
+
+def prepare_attention(model: nn.Module, autocast: Autocast, device: torch.device, fused: bool = True) -> None:
+    """Set a model's attention layers for a forward: training runs under autocast, validation in full precision.
+
+    Args:
+        model: in either mode.
+        autocast: that its training runs under.
+        device: where its inputs are.
+        fused: let device and precision choose; False = leave the layers as they are.
+    """
+    if fused:
+        dtype = autocast.dtype(device) if model.training else None
+        choose_attention_kernel(model, device, dtype or next(model.parameters()).dtype)

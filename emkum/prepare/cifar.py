@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from emkum.data.shards import CLASSES_NAME
 from emkum.errors import UserError
 from emkum.prepare.common import add_common_arguments, add_set_parser, run_set
-from emkum.prepare.image_folder import CLASSES_NAME, ClassFolders, class_meta
+from emkum.prepare.image_folder import ClassFolders, class_meta
 from emkum.prepare.raw_set import ImageSet, RawSample, Settings, Skipped
 from emkum.prepare.sources import read_error
 from emkum.provenance import write_json

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from emkum.data.shards import CLASSES_NAME
 from emkum.errors import UserError
 from emkum.prepare.common import add_common_arguments, add_set_parser, run_set
-from emkum.prepare.image_folder import CLASSES_NAME
 from emkum.prepare.raw_set import Settings, Skipped, TableSet
 from emkum.provenance import write_json
 

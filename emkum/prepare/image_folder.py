@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from emkum.data.shards import CLASSES_NAME
 from emkum.errors import UserError
 from emkum.prepare.caption_tables import SUFFIXES, CaptionTable
 from emkum.prepare.common import add_common_arguments, add_set_parser, run_set
@@ -26,7 +27,6 @@ from emkum.prepare.sources import (
 from emkum.provenance import write_json
 
 # Beside the splits of a set with classes: for each value that samples have of their class, the list of it by label.
-CLASSES_NAME = "classes.json"
 DEFAULT_VALID_FRACTION = 0.05
 
 # Files that are meant as images, those that cannot be read included: they are listed as skipped, not passed over.

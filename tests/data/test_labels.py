@@ -96,6 +96,7 @@ def test_a_split_without_labels(tmp_path: Path) -> None:
         ("[]", "lists no two classes"),
         ('{"class_name": "cat"}', "lists no two classes"),
         ('{"class_name": ["cat"]}', "lists no two classes"),
+        ('{"class_name": [1, 2]}', "lists no two classes"),
         ('{"names": ["cat", "dog"]}', "lists no two classes"),
     ],
 )

@@ -24,6 +24,7 @@ EVALUATE = "emkum/commands/evaluate.py"
 METERS = "user_dir/meters.py"
 TASK = "user_dir/tasks/image_text.py"
 STUDENT = "user_dir/models/image_text_student.py"
+UPDATES = "user_dir/updates.py"
 
 TRAPS = "tests/objectives/test_traps.py"
 RUNS = "tests/integration/test_traps_in_runs.py"

@@ -19,6 +19,7 @@ from tests.mutations.base import (
     REDUCED,
     STUDENT,
     TRAPS,
+    UPDATES,
     Edit,
     Mutation,
     bug,
@@ -65,7 +66,7 @@ LOST_COUNTERS = [
         "self._updates = 0",
         f"{TRAPS}::test_restored_codes_know_their_updates",
     ),
-    bug("objectives-skip-an-update-on-resuming", STUDENT, "    model._begun = -1", "    pass", CHECKPOINT),
+    bug("objectives-skip-an-update-on-resuming", UPDATES, "    model._begun = -1", "    pass", CHECKPOINT),
 ]
 
 LOST_STATE = [
@@ -112,12 +113,17 @@ AVERAGE_EACH_BATCH = [
         f"{EMA_TESTS}::test_once_an_update_however_often_it_is_called",
         MOVES_ONCE,
     ),
-    bug(
+    Mutation(
         "student-average-follows-each-batch",
-        STUDENT,
-        "self.ema.follow(self.student, num_updates, decay)",
-        "self.ema.follow(self.student, int(self.ema.updates) + 1, decay)",
-        MOVES_ONCE,
+        (
+            Edit(UPDATES, "if num_updates != self._begun:", "if True:"),
+            Edit(
+                STUDENT,
+                "self.ema.follow(self.student, num_updates, decay)",
+                "self.ema.follow(self.student, int(self.ema.updates) + 1, decay)",
+            ),
+        ),
+        (MOVES_ONCE,),
     ),
     bug(
         "dino-head-follows-each-batch",
@@ -137,7 +143,7 @@ AVERAGE_EACH_BATCH = [
 ]
 
 CENTER_EACH_BATCH = [
-    bug("objectives-begin-each-batch", STUDENT, "if num_updates > self._begun:", "if True:", MOVES_ONCE),
+    bug("objectives-begin-each-batch", UPDATES, "if num_updates != self._begun:", "if True:", MOVES_ONCE),
     bug(
         "center-moves-each-batch",
         DINO,
@@ -170,12 +176,12 @@ FROZEN_PARTS = [
     bug(
         "checkpoints-without-frozen-parts",
         STUDENT,
-        "    def max_positions(self) -> None:\n",
+        "    def begin_update(self, num_updates: int) -> None:\n",
         "    def state_dict(self, *arguments: Any, **options: Any) -> Any:\n"
         "        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}\n"
         "        found = super().state_dict(*arguments, **options)\n"
         "        return {name: value for name, value in found.items() if name not in frozen}\n\n"
-        "    def max_positions(self) -> None:\n",
+        "    def begin_update(self, num_updates: int) -> None:\n",
         CHECKPOINT,
     ),
     bug(

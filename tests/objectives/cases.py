@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emkum.objectives import Setting
+from emkum.objectives import Objective, Setting
 from emkum.outputs import Batch, ModalityOutput, StudentOutput, TeacherOutput
 
 CAPTIONS, LENGTH, PATCHES, VOCABULARY = 2, 6, 4, 20
@@ -164,3 +164,18 @@ def with_gradients(student: StudentOutput) -> tuple[StudentOutput, dict[str, Ten
     if copy.average is not None:
         copy = replace(copy, average=converted(copy.average, Tensor.detach))
     return copy, {name: leaf for name, leaf in tensors_of(copy).items() if leaf.requires_grad}
+
+
+def after_updates(objective: Objective, cases: list[tuple[StudentOutput, TeacherOutput, Batch]]) -> dict[str, Tensor]:
+    """An update for each case, of the objective's state alone: last loss, its gradients and buffers after, by name."""
+    for number, (student, teacher, batch) in enumerate(cases):
+        objective.begin_update(number, 0.9)
+        student, leaves = with_gradients(student)
+        objective.zero_grad()
+        loss = objective(student, teacher, batch).loss
+        loss.backward()
+    objective.begin_update(len(cases), 0.9)
+    found = {"loss": loss.detach()}
+    found |= {f"parameter {key}": p.grad for key, p in objective.named_parameters() if p.grad is not None}
+    found |= {f"input {key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    return found | {f"buffer {key}": value for key, value in objective.named_buffers()}

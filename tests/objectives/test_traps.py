@@ -20,7 +20,7 @@ from emkum.models.quantizer import draw_mask
 from emkum.objectives import OBJECTIVES, Objective, build_objectives
 from emkum.objectives.weights import WeightConfig, weight_at
 from emkum.outputs import TeacherOutput
-from tests.objectives.cases import SETTING, make_case, part_of, with_gradients
+from tests.objectives.cases import SETTING, after_updates, make_case, part_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
@@ -81,19 +81,8 @@ def case_of(name: str, step: int) -> tuple:
 
 def run_steps(name: str, options: dict[str, object], rows: slice) -> dict[str, Tensor]:
     """Loss and gradients of the last of some batches, and the state behind it."""
-    objective = build(name, **options)
-    for step in range(STEPS):
-        objective.begin_update(step, 0.9)
-        student, teacher, batch = part_of(case_of(name, step), rows)
-        student, leaves = with_gradients(student)
-        objective.zero_grad()
-        loss = objective(student, teacher, batch).loss
-        loss.backward()
-    objective.begin_update(STEPS, 0.9)
-    found = {"loss": loss.detach()}
-    found |= {f"parameter {key}": p.grad for key, p in objective.named_parameters() if p.grad is not None}
-    found |= {f"input {key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-    return found | {f"state {key}": value for key, value in objective.named_buffers()}
+    cases = [part_of(case_of(name, step), rows) for step in range(STEPS)]
+    return after_updates(build(name, **options), cases)
 
 
 def gathered_rows() -> dict[str, Tensor]:
@@ -150,7 +139,7 @@ def test_two_ranks_are_one_batch(variant: str, of_ranks: list) -> None:
     assert all(part.keys() == want.keys() for part in parts)
     for key, reference in want.items():
         values = [part[key] for part in parts]
-        if key.startswith("state"):
+        if key.startswith("buffer"):
             assert all(torch.equal(value, values[0]) for value in values), f"{key} differs between ranks"
             got = values[0]
         else:

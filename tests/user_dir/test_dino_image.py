@@ -119,7 +119,7 @@ def test_the_average_moves_once_an_update(scenes: Path, tmp_path: Path) -> None:
     [
         ({"multi_crop_number": 0}, "--dino-crops and --multi-crop-number belong together"),
         ({"dino_crops": False}, "--dino-crops and --multi-crop-number belong together"),
-        ({"average_decay": 1.5}, "--average-decay 1.5: want 0 to 1"),
+        ({"average_decay": 1.5}, "--average-decay 1.5: want a number from 0 (no average) to below 1"),
         ({"image_encoder": "vit"}, "--image-encoder 'vit' is unknown"),
     ],
 )

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models import register_model
 from omegaconf import II
 from torch import Tensor, nn
 
-from emkum.errors import UserError
-from emkum.layers.attention import choose_attention_kernel
-from emkum.layers.ema import EmaCopy, cosine_decay
+from emkum.layers.attention import prepare_attention
+from emkum.layers.ema import EmaCopy
 from emkum.layers.precision import AUTOCAST_HELP, Autocast
 from emkum.models.encoder import Encoder
 from emkum.models.encoder_sources import IMAGE_PARTS, image_encoder_from_options
@@ -25,6 +23,7 @@ from emkum.options import collect_parts
 from emkum.outputs import Batch, ModalityOutput, StudentOutput
 
 from ..config import flat_dataclass
+from ..updates import UpdatingModel, average_decay
 
 
 @dataclass
@@ -46,7 +45,7 @@ DinoImageConfig = flat_dataclass("DinoImageConfig", _PARTS, base=_Base)
 
 
 @register_model("dino_image", dataclass=DinoImageConfig)
-class DinoImageModel(BaseFairseqModel):
+class DinoImageModel(UpdatingModel):
     """An image encoder that learns from its moving average, which sees other crops of the same image.
 
     Of a run's checkpoint, `emkum.models.encoder_sources` takes the average.
@@ -80,9 +79,6 @@ class DinoImageModel(BaseFairseqModel):
         self.decay = decay
         self.autocast = Autocast(autocast)
         self.fused_attention = fused_attention
-        # Of which update the objective has been told last.
-        self._begun = -1
-        self.register_load_state_dict_post_hook(_begin_again)
         assign_overrides(self, self, LearningRateConfig())
 
     @property
@@ -96,13 +92,10 @@ class DinoImageModel(BaseFairseqModel):
     def build_model(cls, cfg: Any, task: Any) -> "DinoImageModel":
         parts = collect_parts({"dino": SelfDistillationConfig, "average": DinoAverageConfig}, cfg)
         average = parts["average"]
-        for name in ("decay", "end_decay"):
-            if not 0 <= getattr(average, name) <= 1:
-                raise UserError(f"--average-{name.replace('_', '-')} {getattr(average, name)}: want 0 to 1")
         encoder = image_encoder_from_options(cfg, pretrained=task.load_pretrained)
         setting = Setting(encoder.width, encoder.width, vocab_size=0, num_images=0, max_updates=max(0, cfg.max_update))
         objective = SelfDistillation(parts["dino"], setting)
-        decay = partial(_decay_at, average, max(1, cfg.max_update))
+        decay = average_decay(average.decay, average.end_decay, cfg.max_update)
         return cls(encoder, objective, decay, cfg.autocast, cfg.student_attention == "fused")
 
     def forward(self, views: list[Tensor]) -> dict[str, Any]:
@@ -116,10 +109,7 @@ class DinoImageModel(BaseFairseqModel):
             are likeliest of the prototype that the average's are (percent), and the entropy of what the average gives.
         """
         images = len(views[0])
-        # Validation runs in full precision.
-        dtype = self.autocast.dtype(views[0].device) if self.training else None
-        if self.fused_attention:
-            choose_attention_kernel(self, views[0].device, dtype or next(self.parameters()).dtype)
+        prepare_attention(self, self.autocast, views[0].device, self.fused_attention)
         pixels = self.normalize(torch.cat(views))
         with self.autocast.context(pixels.device, enabled=self.training):
             with torch.no_grad():
@@ -130,17 +120,11 @@ class DinoImageModel(BaseFairseqModel):
         logs = {"agreement": output.metrics["image_agreement"], "teacher_entropy": output.metrics["teacher_entropy"]}
         return {"losses": {"dino": output.loss}, "logs": logs}
 
-    def set_num_updates(self, num_updates: int) -> None:
-        """fairseq calls this before each batch and before it restores a checkpoint, with the number of updates done."""
-        super().set_num_updates(num_updates)
+    def begin_update(self, num_updates: int) -> None:
+        """Let the average follow, and the objective move what moves once an update."""
         decay = self.decay(num_updates)
         self.average.follow(self._backbone(), num_updates, decay)
-        if num_updates > self._begun:
-            self._begun = num_updates
-            self.objective.begin_update(num_updates, decay)
-
-    def max_positions(self) -> None:
-        return None
+        self.objective.begin_update(num_updates, decay)
 
 
 def _features(backbone: nn.ModuleDict, pixels: Tensor) -> Tensor:
@@ -153,12 +137,3 @@ def _output(features: Tensor, images: int, average: StudentOutput | None = None)
     first, second, further = features[:images], features[images : 2 * images], features[2 * images :]
     crops = ModalityOutput(further) if len(further) > 0 else None
     return StudentOutput(ModalityOutput(first), ModalityOutput(second), average=average, crops=crops)
-
-
-def _decay_at(config: DinoAverageConfig, total: int, num_updates: int) -> float:
-    return cosine_decay(config.decay, config.end_decay, num_updates / total)
-
-
-def _begin_again(model: DinoImageModel, incompatible: Any) -> None:
-    """What a checkpoint brought has not begun its next update, whatever this model has."""
-    model._begun = -1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emkum.errors import UserError
 from emkum.evaluation.classification import label_ranks
-from emkum.layers.attention import choose_attention_kernel
+from emkum.layers.attention import prepare_attention
 from emkum.layers.precision import AUTOCAST_HELP, Autocast, at_least_float32
 from emkum.models.classification_head import PatchMeanHead
 from emkum.models.encoder import Encoder
@@ -116,10 +116,7 @@ class ImageClassifierModel(BaseFairseqModel):
 
     def logits(self, image: Tensor) -> Tensor:
         """(B, C) of images as `forward` takes them."""
-        # Validation runs in full precision.
-        dtype = self.autocast.dtype(image.device) if self.training else None
-        if self.fused_attention:
-            choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
+        prepare_attention(self, self.autocast, image.device, self.fused_attention)
         with self.autocast.context(image.device, enabled=self.training):
             return self.head(self.encoder(self.normalize(image)))
 

@@ -7,14 +7,14 @@ from typing import Any, Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models import register_model
 from omegaconf import II
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from emkum.errors import UserError
-from emkum.layers.attention import choose_attention_kernel
-from emkum.layers.ema import EmaCopy, cosine_decay
+from emkum.layers.attention import prepare_attention
+from emkum.layers.ema import EmaCopy
 from emkum.layers.precision import AUTOCAST_HELP, Autocast
 from emkum.models.builders import STUDENT_PARTS, Targets, build_student, count_image_tokens
 from emkum.models.chunked import encode_in_chunks, pieces_of_groups
@@ -35,6 +35,7 @@ from emkum.options import collect_parts
 from emkum.outputs import Batch, ModalityOutput, ObjectiveOutput, StudentOutput, TeacherOutput
 
 from ..config import flat_dataclass
+from ..updates import UpdatingModel, average_decay
 
 
 @dataclass
@@ -88,7 +89,7 @@ ImageTextStudentConfig = flat_dataclass(
 
 
 @register_model("image_text_student", dataclass=ImageTextStudentConfig)
-class ImageTextStudentModel(BaseFairseqModel):
+class ImageTextStudentModel(UpdatingModel):
     """`emkum.models.student.ImageTextStudent` with the objectives that train it.
 
     Objectives are inside because their parameters and banks are trained, saved and restored with the model.
@@ -124,12 +125,8 @@ class ImageTextStudentModel(BaseFairseqModel):
         self.decay = decay
         self.chunk = chunk
         self.fused_attention = fused_attention
-        self.num_updates = 0
         # Whether a checkpoint may hold more: it is scored without its teacher, and so without what compares with one.
         self.leaves_out = False
-        # Of which update the objectives have been told last.
-        self._begun = -1
-        self.register_load_state_dict_post_hook(_begin_again)
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "ImageTextStudentModel":
@@ -157,7 +154,8 @@ class ImageTextStudentModel(BaseFairseqModel):
                 f"--contrastive-chunk {cfg.contrastive_chunk}: --image-encoder {cfg.image_encoder} normalizes over the "
                 "batch, so that its chunks would not be the whole"
             )
-        decay = _average_decay(cfg)
+        average = collect_parts({"average": AverageConfig}, cfg)["average"]
+        decay = average_decay(average.decay, average.end_decay, cfg.max_update)
         if needs.average and decay(0) == 0:
             wanting = ", ".join(name for name, config in configs.items() if required({name: config}).average)
             raise UserError(
@@ -198,10 +196,7 @@ class ImageTextStudentModel(BaseFairseqModel):
 
         Shapes are those of `emkum.data.image_text.collate`; `targets` are the teacher's for the same images.
         """
-        # Validation runs in full precision: its figures are those that `emkum evaluate` prints.
-        dtype = self.autocast.dtype(image.device) if self.training else None
-        if self.fused_attention:
-            choose_attention_kernel(self, image.device, dtype or next(self.parameters()).dtype)
+        prepare_attention(self, self.autocast, image.device, self.fused_attention)
         captions_of = partial(
             self._captions, padding_mask=padding_mask, groups=groups, chunk=self.chunk * len(text) // len(image)
         )
@@ -267,20 +262,13 @@ class ImageTextStudentModel(BaseFairseqModel):
             for key in [key for key in state_dict if key not in own and key.startswith(_OF_A_TEACHER)]:
                 del state_dict[key]
 
-    def set_num_updates(self, num_updates: int) -> None:
-        """fairseq calls this before each batch and before it restores a checkpoint, with the number of updates done."""
-        super().set_num_updates(num_updates)
-        self.num_updates = num_updates
+    def begin_update(self, num_updates: int) -> None:
+        """Let the average follow, and the objectives move what moves once an update."""
         decay = self.decay(num_updates)
         if self.ema is not None:
             self.ema.follow(self.student, num_updates, decay)
-        if num_updates > self._begun:
-            self._begun = num_updates
-            for objective in self.objectives.values():
-                objective.begin_update(num_updates, decay)
-
-    def max_positions(self) -> None:
-        return None
+        for objective in self.objectives.values():
+            objective.begin_update(num_updates, decay)
 
 
 # Of a checkpoint, what is there for a teacher's sake.
@@ -307,24 +295,6 @@ def _assert_grids(needs: Requirements, teacher: Any, student: ImageTextStudent) 
             f"an objective compares patches one by one; the student has {own} and the teacher {theirs}: change "
             "--image-size, --image-patch-size or --teacher-image-size"
         )
-
-
-def _begin_again(model: ImageTextStudentModel, incompatible: Any) -> None:
-    """What a checkpoint brought has not begun its next update, whatever this model has."""
-    model._begun = -1
-
-
-def _average_decay(cfg: Any) -> Callable[[int], float]:
-    """The average's decay from the number of updates done."""
-    config = collect_parts({"average": AverageConfig}, cfg)["average"]
-    for name in ("decay", "end_decay"):
-        if not 0 <= (value := getattr(config, name)) <= 1 or (name == "decay" and value == 1):
-            raise UserError(f"--average-{name.replace('_', '-')} {value}: want a number from 0 (none) to below 1")
-    if config.end_decay == 0 or config.decay == 0:
-        return lambda num_updates: config.decay
-    if cfg.max_update < 1:
-        raise UserError(f"--average-end-decay {config.end_decay} is reached at the end of the run: give --max-update")
-    return lambda num_updates: cosine_decay(config.decay, config.end_decay, num_updates / cfg.max_update)
 
 
 def _setting(cfg: Any, task: Any, student: ImageTextStudent) -> Setting:

@@ -7,7 +7,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor
 
-from emkum.layers.attention import choose_attention_kernel
+from emkum.layers.attention import prepare_attention
 from emkum.layers.precision import AUTOCAST_HELP, Autocast
 from emkum.models.data2vec2 import Data2Vec2Encoder
 from emkum.models.encoder import Encoder
@@ -66,10 +66,7 @@ class _LayerStudent(BaseFairseqModel):
         assign_overrides(self, self, LearningRateConfig())
 
     def _layers(self, inputs: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
-        # Validation runs in full precision.
-        dtype = self.autocast.dtype(inputs.device) if self.training else None
-        if self.fused_attention:
-            choose_attention_kernel(self, inputs.device, dtype or next(self.parameters()).dtype)
+        prepare_attention(self, self.autocast, inputs.device, self.fused_attention)
         with self.autocast.context(inputs.device, enabled=self.training):
             return self.encoder.hidden_states(inputs, padding_mask)
 

@@ -75,20 +75,15 @@ class ImageDistillationTask(PreparedDataTask):
     def _load(self, source: str, weights: str) -> LoadedEncoder:
         return load_image_encoder(source, weights, self.teacher.image_size)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: which teacher it was."""
-        return super().state_dict() | {"teacher": self.teacher.identity}
-
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         samples = self.open_samples(split, require_captions=False)
         training = split == "train"
         random = (self.crop.min_scale, self.crop.flip) if training else ()
         transform = ImageTransform(self.teacher.image_size, *random)
         dataset = ImageDataset(samples, transform, self.cfg.seed, Augment(self.augment) if training else None)
-        self.datasets[split] = EpochDataset(dataset, partial(_collate, split=split), training, self.order)
+        self.datasets[split] = EpochDataset(dataset, partial(collate, split=split), training, self.order)
         if training:
-            self.assert_same_teacher(self.teacher.identity)
-            self.record_run(samples.content_hash(), teacher=self.teacher.identity)
+            self.record_run(samples.content_hash())
 
     def train_step(self, sample: dict[str, Any], *arguments: Any, **options: Any) -> tuple:
         return super().train_step(self._with_targets(sample), *arguments, **options)
@@ -102,8 +97,3 @@ class ImageDistillationTask(PreparedDataTask):
         seen = TeacherInput(image, ids, torch.full_like(ids, -1), sample["split"])
         targets = distillation_targets(self.teacher(seen).layers, self.num_tokens)
         return sample | {"net_input": {"image": image, "targets": targets}}
-
-
-def _collate(items: list, split: str) -> dict[str, Any]:
-    """`emkum.data.images.collate`, with the name of the split."""
-    return collate(items) | {"split": split} if items else {}

@@ -62,10 +62,6 @@ class ImageQuantizationTask(PreparedDataTask):
     def setup_task(cls, cfg: Any, **kwargs: Any) -> "ImageQuantizationTask":
         return cls(cfg)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: which teacher it was."""
-        return super().state_dict() | {"teacher": self.teacher.identity}
-
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         samples = self.open_samples(split, require_captions=False)
         training = split == "train"
@@ -75,11 +71,10 @@ class ImageQuantizationTask(PreparedDataTask):
         dataset = ImageDataset(samples, transform, self.cfg.seed, Augment(self.augment) if training else None)
         # Crops do not repeat: of a cache, the centered one is a target of any.
         self.teacher.open_split(split, samples.content_hash(), {"views": 0})
-        gather = partial(_collate, split=split)
+        gather = partial(collate, split=split)
         self.datasets[split] = EpochDataset(dataset, gather, training, self.order)
         if training:
-            self.assert_same_teacher(self.teacher.identity)
-            self.record_run(samples.content_hash(), teacher=self.teacher.identity)
+            self.record_run(samples.content_hash())
 
     def train_step(self, sample: dict[str, Any], *arguments: Any, **options: Any) -> tuple:
         return super().train_step(self._with_targets(sample), *arguments, **options)
@@ -92,8 +87,3 @@ class ImageQuantizationTask(PreparedDataTask):
         ids = sample["id"]
         seen = TeacherInput(sample["net_input"]["image"], ids, torch.full_like(ids, -1), sample["split"])
         return sample | {"net_input": {"targets": self.teacher(seen)}}
-
-
-def _collate(items: list, split: str) -> dict[str, Any]:
-    """`emkum.data.images.collate`, with the name of the split."""
-    return collate(items) | {"split": split} if items else {}

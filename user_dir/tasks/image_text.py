@@ -80,7 +80,6 @@ class ImageTextTask(PreparedDataTask):
         self.load_pretrained = load_pretrained
         # The student that the run starts from, while the model is built; None = none.
         self.start: StudentStart | None = None
-        self.teacher = None
         # By which the teacher reads captions; None where it reads none.
         self.teacher_tokenizer = None
         self.image_size = 0
@@ -182,10 +181,6 @@ class ImageTextTask(PreparedDataTask):
             )
         return load_tokenizer(self.teacher.tokenizer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: which teacher it was."""
-        return super().state_dict() | ({} if self.teacher is None else {"teacher": self.teacher.identity})
-
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         samples = self.open_samples(split)
         training = split == "train"
@@ -218,9 +213,7 @@ class ImageTextTask(PreparedDataTask):
             gather = partial(gather, teacher_pad=self.teacher_tokenizer.special.pad)
         self.datasets[split] = EpochDataset(dataset, gather, training, self.order)
         if training:
-            identity = None if self.teacher is None else self.teacher.identity
-            self.assert_same_teacher(identity)
-            self.record_run(samples.content_hash(), teacher=identity)
+            self.record_run(samples.content_hash())
             if rank() == 0:
                 copy_tokenizer(self.tokenizer, Path(self.cfg.save_dir) / "tokenizer")
 

@@ -69,18 +69,13 @@ class TextDistillationTask(TextDataTask):
     def _load(self, source: str, weights: str) -> Any:
         return load_text_encoder(source, str(self.tokenizer.source))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: which teacher it was."""
-        return super().state_dict() | {"teacher": self.teacher.identity}
-
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         blocks = self.open_blocks(split, self.max_tokens)
         dataset = SampledText(blocks, self.tokenizer, seed=self.cfg.seed)
         gather = partial(collate, pad=self.tokenizer.special.pad, split=split)
         self.datasets[split] = EpochDataset(dataset, gather, split == "train", self.order)
         if split == "train":
-            self.assert_same_teacher(self.teacher.identity)
-            self.record_run(blocks.content_hash(), teacher=self.teacher.identity)
+            self.record_run(blocks.content_hash())
             self.keep_tokenizer()
 
     def train_step(self, sample: dict[str, Any], *arguments: Any, **options: Any) -> tuple:
