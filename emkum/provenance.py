@@ -1,6 +1,7 @@
 """What a result was made with, as JSON beside it."""
 
 import json
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,21 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "versions": package_versions(),
+    }
 
 
 def write_json(path: str | Path, content: Any) -> None:

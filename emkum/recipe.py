@@ -25,17 +25,27 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return {key: value for key, value in _merged(Path(path), ()).items() if value is not None}
 
 
+def read_mapping(path: Path, kind: str) -> dict[Any, Any]:
+    """The content of a YAML file, called a `kind` in messages.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind} {path} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{kind} {path} must map names to values")
+    return content
+
+
 def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise UserError(f"{path}: base recipes form a circle")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {path} must map option names to values")
+    content = read_mapping(path, "recipe")
     own = {str(key).replace("-", "_"): value for key, value in content.items()}
     base = own.pop("base", None)
     inherited = _merged(path.parent / base, (*above, path.resolve())) if base else {}

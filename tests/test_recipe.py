@@ -91,9 +91,9 @@ def test_one_base_may_be_reached_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- b\n", "must map option names to values"),
-        ("", "must map option names to values"),
-        ("just words\n", "must map option names to values"),
+        ("- a\n- b\n", "must map names to values"),
+        ("", "must map names to values"),
+        ("just words\n", "must map names to values"),
         ("lr: [0.1\n", "is no valid YAML"),
         ("base: absent.yaml\n", "absent.yaml cannot be read: No such file"),
     ],

@@ -1,14 +1,12 @@
 """`emkum bench`: how fast data is read and a student trained, and how much memory that and an index take."""
 
 import argparse
-import os
-import platform
 import shlex
 from pathlib import Path
 from typing import Any
 
 from emkum.errors import UserError
-from emkum.provenance import package_versions, write_json
+from emkum.provenance import describe_machine, write_json
 
 RIVALS = ("webdataset", "folder")
 
@@ -183,18 +181,3 @@ def _student_command(args: argparse.Namespace) -> str:
     for name in ("steps", "warm_up", "rounds", "vocab_size", "target_width", "classes"):
         words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return shlex.join([*words, "--caption-tokens", *map(str, args.caption_tokens)])
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "versions": package_versions(),
-    }

@@ -12,7 +12,7 @@ from typing import Any
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
 from emkum.provenance import write_json
-from emkum.recipe import parse_overrides, read_recipe
+from emkum.recipe import parse_overrides, read_mapping, read_recipe
 
 COLUMNS = {
     "name": "variant",
@@ -49,13 +49,8 @@ def read_variants(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is no such file.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict) or not {"recipe", "variants"} <= content.keys() <= _KEYS:
+    content = read_mapping(path, "file of variants")
+    if not {"recipe", "variants"} <= content.keys() <= _KEYS:
         raise UserError(f"{path}: want a mapping with recipe, variants and, if need be, options and metrics")
     content = {"options": {}, "metrics": {}} | {key: value or {} for key, value in content.items()}
     for part in ("options", "metrics", "variants"):

@@ -63,7 +63,7 @@ def test_variants_are_run_once_and_compared(
         ("recipe: a.yaml\nvariants: [a]\n", "variants is no mapping"),
         ("recipe: a.yaml\nvariants: {a: 3}\n", "'a' is no variant"),
         ("recipe: a.yaml\nvariants: {a: {}}\nmetrics: {b: loss}\n", "'b' is no variant"),
-        ("{", "cannot read"),
+        ("{", "is no valid YAML"),
     ],
 )
 def test_wrong_files_are_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_wrong_words_are_refused(variants: Path, tmp_path: Path) -> None:
     args = parsed("compare", variants, "--only", "nothing", "--out", tmp_path / "out")
     with pytest.raises(UserError, match="--only 'nothing': .* has the variants with blocks, no/shared"):
         args.run(args)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_variants(tmp_path / "none.yaml")
 
 

@@ -1,0 +1,258 @@
+"""`emkum study`: the commands behind a table of results, one after the other, and the page that shows them."""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from emkum.commands.train import USER_DIR
+from emkum.errors import UserError
+from emkum.files import replaced_file
+from emkum.provenance import describe_machine, write_json
+from emkum.recipe import read_mapping
+
+_KEYS = {"title", "about", "places", "steps", "tables"}
+_TABLE_KEYS = {"title", "rows", "columns", "notes"}
+# Words of every study: the folder of all that it makes, and that of the recipes.
+_OUT, _RECIPES = "out", "recipes"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a study.
+
+    Attributes:
+        title: above it. notes: below it.
+        rows: heading of a row -> word that stands for {row} in the cells.
+        columns: heading of a column -> FILE#KEY/KEY of its value, or two of them, a value and its spread.
+    """
+
+    title: str
+    rows: Mapping[str, str]
+    columns: Mapping[str, str | list[str]]
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a file of a study says.
+
+    Attributes:
+        title, about: of the page.
+        places: folders that a user may have elsewhere, by the word that stands for them in commands.
+        steps: words of an `emkum` command by the step's name, in their order.
+    """
+
+    title: str
+    steps: Mapping[str, str]
+    tables: list[Table]
+    about: str = ""
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "study",
+        help="run the commands behind a table of results and write its page",
+        description="Run each step of a study, an emkum command, one after the other, and write its tables with the "
+        "commands, times and machine as one Markdown page. A step that is finished is not run again; one that was "
+        "stopped goes on. Steps that need nothing of one another can be run side by side by --only.",
+        epilog="example: emkum study examples/studies/text_encoders.yaml glue=data/glue_raw --out runs/text_encoders "
+        "--page docs/results/text_encoders.md",
+    )
+    parser.add_argument("file", type=Path, help="YAML file with title, steps and tables; see examples/studies/")
+    parser.add_argument("places", nargs="*", metavar="name=DIR", help="folders that replace the file's places")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for all that the steps make")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown file to write (default: DIR/results.md)")
+    parser.add_argument("--only", default="", metavar="STEP,STEP", help="these steps alone, and no page before all ran")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    parser.set_defaults(run=run)
+
+
+def read_study(path: Path) -> Study:
+    """
+    Raises:
+        UserError: it cannot be read, or is no study.
+    """
+    content = read_mapping(path, "study")
+    if not {"title", "steps", "tables"} <= content.keys() <= _KEYS:
+        raise UserError(f"{path}: want a mapping with title, steps, tables and, if need be, about and places")
+    for part in ("steps", "places"):
+        if not _is_mapping_of_words(content.setdefault(part, {})):
+            raise UserError(f"{path}: {part} is no mapping of names to words")
+    for table in content["tables"]:
+        if not isinstance(table, dict) or not {"title", "rows", "columns"} <= table.keys() <= _TABLE_KEYS:
+            raise UserError(f"{path}: a table wants title, rows, columns and, if need be, notes")
+    _check_steps(path, content["steps"], {_OUT, _RECIPES, *content["places"]})
+    return Study(**content | {"tables": [Table(**table) for table in content["tables"]]})
+
+
+def _check_steps(path: Path, steps: Mapping[str, str], known: set[str]) -> None:
+    for name, words in steps.items():
+        unknown = {word for _, word, _, _ in Formatter().parse(words) if word is not None} - known
+        if unknown or re.search(r"[^\w.-]", name):
+            wrong = f"{{{sorted(unknown)[0]}}}" if unknown else "a name that is no word"
+            names = ", ".join(f"{{{key}}}" for key in sorted(known))
+            raise UserError(f"{path}: step {name!r} has {wrong}; it may name {names}")
+
+
+def _is_mapping_of_words(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
+
+
+def run(args: argparse.Namespace) -> None:
+    study = read_study(args.file)
+    words = _words(study, args)
+    chosen = [name.strip() for name in args.only.split(",") if name.strip()] or list(words)
+    unknown = [name for name in chosen if name not in words]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r}: {args.file} has the steps {', '.join(words)}")
+    if args.list:
+        print("\n".join(shlex.join(["emkum", *words[name]]) for name in chosen))
+        return
+    for number, name in enumerate(chosen, start=1):
+        _run_step(name, words[name], args.out, f"step {number} of {len(chosen)}")
+    records = {name: _read_record(args.out, name) for name in words}
+    missing = [name for name, record in records.items() if not record.get("finished")]
+    if missing:
+        print(f"not yet run: {', '.join(missing)}; the page is written once all have")
+        return
+    page = args.page or args.out / "results.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(page) as temporary:
+        temporary.write_text(_page(study, args, records), encoding="utf-8")
+    print(f"written to {page}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _words(study: Study, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The command of each step, with folders in their places.
+
+    Raises:
+        UserError: a place is not the study's, or is no folder.
+    """
+    places = dict(study.places)
+    for word in args.places:
+        name, equals, folder = word.partition("=")
+        if not equals or name not in places:
+            raise UserError(f"{word!r}: want name=DIR with one of {', '.join(places) or 'no name, for there is none'}")
+        places[name] = folder
+    for name, folder in places.items():
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no folder {folder}: give {name}=DIR")
+    # Split first, so that a folder may have spaces in its name.
+    folders = places | {_OUT: str(args.out), _RECIPES: str(USER_DIR.parent / "examples")}
+    return {name: [word.format(**folders) for word in shlex.split(text)] for name, text in study.steps.items()}
+
+
+def _record_path(out: Path, name: str) -> Path:
+    return out / "steps" / f"{name}.json"
+
+
+def _read_record(out: Path, name: str) -> dict[str, Any]:
+    path = _record_path(out, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _run_step(name: str, words: list[str], out: Path, place: str) -> None:
+    """Run a step, unless it is finished.
+
+    Raises:
+        UserError: it ended with an error, or other words were finished under its name.
+    """
+    before = _read_record(out, name)
+    if before.get("finished"):
+        if before["words"] != words:
+            raise UserError(f"{out} holds a step {name} of other words: give another --out")
+        return
+    print(f"emkum: {place}, {name}: {shlex.join(['emkum', *words])}", flush=True)
+    record = {"words": words, "finished": False, "machine": describe_machine()}
+    write_json(_record_path(out, name), record)
+    start = time.monotonic()
+    status = subprocess.run([sys.executable, "-m", "emkum.cli", *words]).returncode
+    if status != 0:
+        raise UserError(f"step {name} ended with status {status}; what it needs to go on is kept in {out}")
+    # Of a step that went on, nobody knows how long its beginning took.
+    seconds = None if before else round(time.monotonic() - start)
+    write_json(_record_path(out, name), record | {"finished": True, "seconds": seconds})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _page(study: Study, args: argparse.Namespace, records: Mapping[str, dict[str, Any]]) -> str:
+    from emkum.evaluation.report import format_table
+
+    # A page does not tell where things lie on the machine.
+    root, file = USER_DIR.parent, args.file.resolve()
+    file = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+    command = " ".join(["emkum study", file, *(f"{name}=DIR" for name in study.places)])
+    machines = dict.fromkeys(_describe(record) for record in records.values())
+    parts = [f"# {study.title}", study.about.strip()]
+    parts += [f"Made by `{command} --out RUNS --page FILE`, on {' and on '.join(machines)}."]
+    for table in study.tables:
+        rows = [
+            {"": row} | {heading: _cell(args.out, cell, word) for heading, cell in table.columns.items()}
+            for row, word in table.rows.items()
+        ]
+        columns = ["", *table.columns]
+        parts += [f"## {table.title}", format_table(rows, columns, markdown=True), table.notes.strip()]
+    steps = [
+        {"step": name, "seconds": records[name].get("seconds"), "command": f"`emkum {' '.join(text.split())}`"}
+        for name, text in study.steps.items()
+    ]
+    parts += ["## Commands", format_table(steps, ["step", "seconds", "command"], markdown=True)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    machine = record["machine"]
+    versions = machine["versions"]
+    parts = [f"{machine['cores']} cores of {machine['processor']}", machine.get("gpu"), f"Python {versions['python']}"]
+    parts += [f"{name} {versions[name]}" for name in ("torch", "timm", "fairseq-fixed") if name in versions]
+    return ", ".join(part for part in parts if part)
+
+
+def _cell(out: Path, cell: str | list[str], word: str) -> Any:
+    """A value; or, of two, the value and its spread as text."""
+    if isinstance(cell, str):
+        return _value(out, cell, word)
+    value, spread = (_value(out, each, word) for each in cell)
+    return None if value is None else f"{value:.1f} ({'-' if spread is None else f'{spread:.1f}'})"
+
+
+def _value(out: Path, place: str, word: str) -> Any:
+    """What FILE#KEY/KEY holds; a KEY that is NAME=VALUE finds the element of a list whose NAME is that. None where
+    there is no such file: of an encoder that cannot be scored so.
+
+    Raises:
+        UserError: the file has no such key.
+    """
+    file, _, keys = place.replace("{row}", word).partition("#")
+    path = out / file
+    if not path.is_file():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys.split("/"):
+        name, equals, wanted = key.partition("=")
+        if equals and isinstance(value, list):
+            value = next((each for each in value if str(each.get(name)) == wanted), None)
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            raise UserError(f"{path} has no {keys}")
+    return float(value)
