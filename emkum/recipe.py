@@ -11,18 +11,36 @@ from emkum.errors import UserError
 
 # Options that fairseq's parser gets from the command line's other choices; they must be known first.
 _CHOICES = ("user_dir", "task", "arch", "criterion", "optimizer", "lr_scheduler")
+# The word that chooses a recipe's preset.
+PRESET = "preset"
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
+def read_recipe(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     """Read a recipe and what it builds on.
 
     A recipe maps option names (fairseq's and this project's flags, `-` or `_`) to values. `base:` names another recipe,
-    relative to this one, whose values it changes; null removes one.
+    relative to this one, whose values it changes; null removes one. `presets:` maps names to further values, for those
+    who ask for them by name; a recipe changes its base's preset of the same name as it changes its values, and what a
+    preset says counts before what recipes say.
 
     Raises:
-        UserError: a file is missing, is no YAML mapping, or bases form a circle.
+        UserError: a file is missing, is no YAML mapping, bases form a circle, or there is no such preset.
     """
-    return {key: value for key, value in _merged(Path(path), ()).items() if value is not None}
+    options, presets = _merged(Path(path), ())
+    if preset is not None and preset not in presets:
+        raise UserError(f"preset {preset!r}: {path} has {', '.join(presets) or 'none'}")
+    options |= presets.get(preset, {})
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def read_options(path: str | Path, words: list[str]) -> dict[str, Any]:
+    """A recipe with `key=value` words that change it; the word `preset=NAME` chooses a preset.
+
+    Raises:
+        UserError: as `read_recipe` and `parse_overrides` do.
+    """
+    overrides = parse_overrides(words)
+    return read_recipe(path, overrides.pop(PRESET, None)) | overrides
 
 
 def read_mapping(path: Path, kind: str) -> dict[Any, Any]:
@@ -42,14 +60,22 @@ def read_mapping(path: Path, kind: str) -> dict[Any, Any]:
     return content
 
 
-def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Options of a recipe and its bases, and its presets."""
     if path.resolve() in above:
         raise UserError(f"{path}: base recipes form a circle")
-    content = read_mapping(path, "recipe")
-    own = {str(key).replace("-", "_"): value for key, value in content.items()}
-    base = own.pop("base", None)
-    inherited = _merged(path.parent / base, (*above, path.resolve())) if base else {}
-    return inherited | own
+    own = _with_underscores(read_mapping(path, "recipe"))
+    base, own_presets = own.pop("base", None), own.pop("presets", None) or {}
+    if not isinstance(own_presets, dict) or not all(isinstance(values, dict) for values in own_presets.values()):
+        raise UserError(f"recipe {path}: presets must map each preset's name to options")
+    options, presets = _merged(path.parent / base, (*above, path.resolve())) if base else ({}, {})
+    for name, values in own_presets.items():
+        presets[str(name)] = presets.get(str(name), {}) | _with_underscores(values)
+    return options | own, presets
+
+
+def _with_underscores(options: dict[Any, Any]) -> dict[str, Any]:
+    return {str(key).replace("-", "_"): value for key, value in options.items()}
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

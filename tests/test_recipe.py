@@ -11,7 +11,7 @@ from fairseq import options as fairseq_options
 import user_dir.models
 import user_dir.tasks
 from emkum.errors import UserError
-from emkum.recipe import parse_overrides, read_recipe, to_arguments
+from emkum.recipe import parse_overrides, read_options, read_recipe, to_arguments
 
 # What `--user-dir` registers; fairseq imports these itself only where nobody has imported the folder before.
 for package in (user_dir.models, user_dir.tasks):
@@ -74,6 +74,29 @@ def test_a_base_lies_beside_the_recipe_that_names_it(tmp_path: Path, monkeypatch
 def test_null_removes_what_the_base_says(tmp_path: Path) -> None:
     recipe = write(tmp_path, root="teacher: timm:a\nseed: 1\nlr: null\n", leaf="base: root.yaml\nteacher: null\n")
     assert read_recipe(recipe) == {"seed": 1}
+
+
+def test_a_preset_counts_before_all_recipes(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path,
+        root="seed: 1\nlr: [0.1]\nteacher: timm:a\n"
+        "presets:\n  small: {batch-size: 8, lr: [0.5]}\n  large: {lr: [0.01]}\n",
+        leaf="base: root.yaml\nlr: [0.2]\nbatch_size: 64\npresets: {small: {seed: 3, lr: [0.6], teacher: null}}\n",
+    )
+    assert read_recipe(recipe) == {"seed": 1, "lr": [0.2], "teacher": "timm:a", "batch_size": 64}
+    assert read_recipe(recipe, "small") == {"seed": 3, "lr": [0.6], "batch_size": 8}
+    assert read_recipe(recipe, "large")["lr"] == [0.01]
+    assert read_options(recipe, ["preset=small", "seed=7"]) == {"seed": 7, "lr": [0.6], "batch_size": 8}
+    assert read_options(recipe, ["seed=7"])["lr"] == [0.2]
+
+
+def test_presets_that_are_none(tmp_path: Path) -> None:
+    recipe = write(tmp_path, some="seed: 1\npresets: {small: {}, large: {}}\n")
+    assert f"preset 'tiny': {recipe} has small, large" in one_line(read_recipe, recipe, "tiny")
+    bare = write(tmp_path, bare="seed: 1\n")
+    assert f"{bare} has none" in one_line(read_options, bare, ["preset=small"])
+    wrong = write(tmp_path, wrong="presets: [small]\n")
+    assert "presets must map each preset's name to options" in one_line(read_recipe, wrong)
 
 
 def test_circles_are_refused(tmp_path: Path) -> None:

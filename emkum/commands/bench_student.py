@@ -20,7 +20,7 @@ import yaml
 
 from emkum.commands.train import USER_DIR
 from emkum.errors import UserError
-from emkum.recipe import parse_overrides, read_recipe, to_arguments
+from emkum.recipe import read_options, to_arguments
 
 MODEL = {"task": "image_text", "arch": "image_text_student", "criterion": "multi_objective"}
 # Options that a step on random inputs does not depend on.
@@ -113,7 +113,7 @@ def make_variants(
     Raises:
         UserError: the recipe cannot be read, is of another model, an option is unknown, or there is no batch size.
     """
-    common = {"user_dir": str(USER_DIR)} | read_recipe(recipe) | parse_overrides(list(overrides))
+    common = {"user_dir": str(USER_DIR)} | read_options(recipe, list(overrides))
     for key, value in MODEL.items():
         if common.get(key) != value:
             raise UserError(f"{recipe} has {key} {common.get(key)!r}; what can be measured is {value}")

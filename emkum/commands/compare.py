@@ -12,7 +12,7 @@ from typing import Any
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
 from emkum.provenance import write_json
-from emkum.recipe import parse_overrides, read_mapping, read_recipe
+from emkum.recipe import PRESET, parse_overrides, read_mapping, read_recipe
 
 COLUMNS = {
     "name": "variant",
@@ -94,7 +94,7 @@ def _result(recipe: Path, options: dict[str, Any], folder: Path) -> dict[str, An
 
     cost = folder / "cost.json"
     # Resolved, so that a recipe which has changed since is run again.
-    options = read_recipe(recipe) | options | {"save_dir": str(folder)}
+    options = read_recipe(recipe, options.get(PRESET)) | options | {"save_dir": str(folder)}
     before = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
     if before.get("options") != options:
         words = [f"{key}={json.dumps(value)}" for key, value in options.items()]

@@ -253,7 +253,7 @@ def _result(each: Run, args: argparse.Namespace) -> dict[str, Any] | None:
 def _train(recipe: Path, words: list[str]) -> int:
     """Exit status of `emkum train`, run in this process: starting one more takes longer than the smallest task."""
     try:
-        train.run(argparse.Namespace(recipe=str(recipe), overrides=words, processes=1, dry_run=False))
+        train.run(argparse.Namespace(recipe=str(recipe), overrides=words, preset=None, processes=1, dry_run=False))
     except UserError:
         raise
     except SystemExit as ended:

@@ -100,9 +100,9 @@ def read_recipe_source(path: str, overrides: list[str]) -> Source:
     """
     from emkum.checkpoint import MODEL
     from emkum.commands.train import USER_DIR
-    from emkum.recipe import parse_overrides, read_recipe, to_arguments
+    from emkum.recipe import read_options, to_arguments
 
-    options = {"user_dir": str(USER_DIR)} | read_recipe(path) | parse_overrides(overrides)
+    options = {"user_dir": str(USER_DIR)} | read_options(path, overrides)
     if options.get("arch") != MODEL:
         raise UserError(f"{path} has arch {options.get('arch')!r}; what can be looked into is {MODEL}")
     to_arguments(options)

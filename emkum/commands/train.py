@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emkum.errors import UserError
-from emkum.recipe import parse_overrides, read_recipe, to_arguments
+from emkum.recipe import PRESET, read_options, to_arguments
 from emkum.training_log import Progress
 
 LOG_NAME = "train.log"
@@ -26,6 +26,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("recipe", help="YAML file; see examples/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the recipe's")
+    parser.add_argument("--preset", metavar="NAME", help="one of the recipe's presets, such as small")
     parser.add_argument("--processes", type=int, default=1, help="processes that train together on the CPU")
     parser.add_argument("--dry-run", action="store_true", help="print the fairseq-train command and stop")
     parser.set_defaults(run=run)
@@ -33,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 def resolve(recipe: str, overrides: list[str], cpu: bool) -> dict[str, Any]:
     """All options of a run, checked as far as that needs no model."""
-    options = {"user_dir": str(USER_DIR)} | read_recipe(recipe) | parse_overrides(overrides)
+    options = {"user_dir": str(USER_DIR)} | read_options(recipe, overrides)
     if "data" not in options:
         raise UserError(f"{recipe} names no data: add data=DIR, a folder made by `emkum prepare`")
     if cpu:
@@ -62,7 +63,8 @@ def _assert_room_after_warm_up(options: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    options = resolve(args.recipe, args.overrides, cpu=not torch.cuda.is_available())
+    words = args.overrides if args.preset is None else [f"{PRESET}={args.preset}", *args.overrides]
+    options = resolve(args.recipe, words, cpu=not torch.cuda.is_available())
     arguments = to_arguments(options)
     if args.dry_run:
         print("fairseq-train", *arguments)
