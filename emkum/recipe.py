@@ -11,11 +11,11 @@ from emkum.errors import UserError
 
 # Options that fairseq's parser gets from the command line's other choices; they must be known first.
 _CHOICES = ("user_dir", "task", "arch", "criterion", "optimizer", "lr_scheduler")
-# The word that chooses a recipe's preset.
+# The word that chooses among a recipe's presets.
 PRESET = "preset"
 
 
-def read_recipe(path: str | Path, preset: str | None = None) -> dict[str, Any]:
+def read_recipe(path: str | Path, chosen: str | None = None) -> dict[str, Any]:
     """Read a recipe and what it builds on.
 
     A recipe maps option names (fairseq's and this project's flags, `-` or `_`) to values. `base:` names another recipe,
@@ -23,18 +23,23 @@ def read_recipe(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     who ask for them by name; a recipe changes its base's preset of the same name as it changes its values, and what a
     preset says counts before what recipes say.
 
+    Args:
+        path: of the recipe.
+        chosen: names of presets, separated by commas; the last one counts most.
+
     Raises:
         UserError: a file is missing, is no YAML mapping, bases form a circle, or there is no such preset.
     """
     options, presets = _merged(Path(path), ())
-    if preset is not None and preset not in presets:
-        raise UserError(f"preset {preset!r}: {path} has {', '.join(presets) or 'none'}")
-    options |= presets.get(preset, {})
+    for name in str(chosen).split(",") if chosen is not None else ():
+        if name not in presets:
+            raise UserError(f"preset {name!r}: {path} has {', '.join(presets) or 'none'}")
+        options |= presets[name]
     return {key: value for key, value in options.items() if value is not None}
 
 
 def read_options(path: str | Path, words: list[str]) -> dict[str, Any]:
-    """A recipe with `key=value` words that change it; the word `preset=NAME` chooses a preset.
+    """A recipe with `key=value` words that change it; the word `preset=NAME,NAME` chooses presets.
 
     Raises:
         UserError: as `read_recipe` and `parse_overrides` do.

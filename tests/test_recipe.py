@@ -86,6 +86,8 @@ def test_a_preset_counts_before_all_recipes(tmp_path: Path) -> None:
     assert read_recipe(recipe) == {"seed": 1, "lr": [0.2], "teacher": "timm:a", "batch_size": 64}
     assert read_recipe(recipe, "small") == {"seed": 3, "lr": [0.6], "batch_size": 8}
     assert read_recipe(recipe, "large")["lr"] == [0.01]
+    assert read_recipe(recipe, "small,large") == {"seed": 3, "lr": [0.01], "batch_size": 8}
+    assert read_recipe(recipe, "large,small") == read_recipe(recipe, "small")
     assert read_options(recipe, ["preset=small", "seed=7"]) == {"seed": 7, "lr": [0.6], "batch_size": 8}
     assert read_options(recipe, ["seed=7"])["lr"] == [0.2]
 

@@ -66,9 +66,11 @@ class PreparedDataTask(FairseqTask):
         """Names of the splits of this task's kind in a folder of prepared data."""
         return available_splits(folder)
 
-    def open_samples(self, split: str, require_captions: bool = True) -> MixedSamples:
-        """A split: for training that of all folders, for validation the first folder's."""
-        return open_mixture(self.folders if split == "train" else self.folders[:1], split, require_captions)
+    def open_samples(self, split: str, require_captions: bool = True, fraction: float = 1.0) -> MixedSamples:
+        """A split: for training a fraction of that of all folders, for validation the first folder's."""
+        if split != "train":
+            return open_mixture(self.folders[:1], split, require_captions)
+        return open_mixture(self.folders, split, require_captions, fraction, self.cfg.seed)
 
     def get_batch_iterator(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
         # Without worker processes, a thread of fairseq's would read ahead: augmentation there and mixing, dropout and

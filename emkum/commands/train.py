@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("recipe", help="YAML file; see examples/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the recipe's")
-    parser.add_argument("--preset", metavar="NAME", help="one of the recipe's presets, such as small")
+    parser.add_argument("--preset", metavar="NAME,NAME", help="presets of the recipe, such as small")
     parser.add_argument("--processes", type=int, default=1, help="processes that train together on the CPU")
     parser.add_argument("--dry-run", action="store_true", help="print the fairseq-train command and stop")
     parser.set_defaults(run=run)

@@ -18,7 +18,7 @@ class MixedSamples:
         parts: one split of each set.
     """
 
-    def __init__(self, parts: Sequence[ShardedSamples]) -> None:
+    def __init__(self, parts: "Sequence[ShardedSamples | ReducedSamples]") -> None:
         self.parts = list(parts)
         self._starts = [0, *accumulate(len(part) for part in self.parts)]
         # Ids may be any below 2**31; 64 bits hold those of many sets.
@@ -50,6 +50,39 @@ class MixedSamples:
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def open_mixture(folders: Sequence[str | Path], split: str, require_captions: bool = True) -> MixedSamples:
-    """Open one split of several prepared folders; see `open_split`."""
-    return MixedSamples([open_split(folder, split, require_captions) for folder in folders])
+class ReducedSamples:
+    """A part of a split, for the study of how much data it takes. A smaller part of the same seed lies in a larger one.
+
+    Args:
+        samples: the whole split.
+        fraction: of its samples, more than 0; at least one is kept.
+        seed: of which.
+    """
+
+    def __init__(self, samples: ShardedSamples, fraction: float, seed: int) -> None:
+        self._samples = samples
+        count = max(1, round(fraction * len(samples)))
+        self._rows = np.sort(np.random.default_rng(seed).permutation(len(samples))[:count])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> ShardSample:
+        return self._samples[int(self._rows[index])]
+
+    @property
+    def caption_lengths(self) -> np.ndarray:
+        """(len,) uint16, mean characters of each sample's captions."""
+        return self._samples.caption_lengths[self._rows]
+
+    def content_hash(self) -> str:
+        """That of the whole split, which is what targets are cached for."""
+        return self._samples.content_hash()
+
+
+def open_mixture(
+    folders: Sequence[str | Path], split: str, require_captions: bool = True, fraction: float = 1.0, seed: int = 1
+) -> MixedSamples:
+    """Open one split of several prepared folders, or the same part of each; see `open_split` and `ReducedSamples`."""
+    parts = [open_split(folder, split, require_captions) for folder in folders]
+    return MixedSamples(parts if fraction == 1 else [ReducedSamples(part, fraction, seed) for part in parts])

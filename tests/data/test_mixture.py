@@ -53,3 +53,21 @@ def test_a_missing_split_names_its_folder(folders: list[Path]) -> None:
     with pytest.raises(UserError, match="none does not exist"):
         open_mixture([*folders, folders[0].parent / "none"], "train")
     assert isinstance(open_mixture(folders, "train"), MixedSamples)
+
+
+def test_parts_of_sets_lie_in_one_another(folders: list[Path]) -> None:
+    whole = open_mixture(folders, "train")
+    keys = {}
+    for fraction in (0.2, 0.5, 0.8):
+        part = open_mixture(folders, "train", fraction=fraction, seed=3)
+        assert part.lengths == [round(5 * fraction), 1, max(1, round(4 * fraction))]
+        keys[fraction] = [part[i].key for i in range(len(part))]
+        assert keys[fraction] == sorted(keys[fraction]) and len(part.caption_lengths) == len(part)
+        np.testing.assert_array_equal(part.caption_lengths, [len(part[i].captions[0]) for i in range(len(part))])
+        # Targets that were cached for all images are those of a part of them.
+        assert part.content_hash() == whole.content_hash()
+        ids = {whole[i].key: whole[i].image_id for i in range(len(whole))}
+        assert [part[i].image_id for i in range(len(part))] == [ids[key] for key in keys[fraction]]
+    assert set(keys[0.2]) < set(keys[0.5]) < set(keys[0.8])
+    others = [open_mixture(folders, "train", fraction=0.5, seed=seed) for seed in range(8)]
+    assert len({tuple(part[i].key for i in range(len(part))) for part in others}) > 1

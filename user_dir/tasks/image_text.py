@@ -55,6 +55,9 @@ class _Base(PreparedDataConfig):
         default=None,
         metadata={"help": f"frozen teacher: {', '.join(FORMS)}, or {SELF} (a moving average); empty = none"},
     )
+    data_fraction: float = field(
+        default=1.0, metadata={"help": "part of each folder's training images to use, the same ones in each epoch"}
+    )
 
 
 ImageTextConfig = flat_dataclass("ImageTextConfig", TASK_PARTS, base=_Base)
@@ -68,6 +71,8 @@ class ImageTextTask(PreparedDataTask):
     """
 
     def __init__(self, cfg: Any, load_pretrained: bool = True) -> None:
+        if not 0 < cfg.data_fraction <= 1:
+            raise UserError(f"--data-fraction {cfg.data_fraction:g}: want more than 0, and at most 1")
         super().__init__(cfg)
         parts = collect_parts(TASK_PARTS, cfg)
         self.crops, self.augment, self.captions = parts["crop"], parts["augment"], parts["caption"]
@@ -96,7 +101,7 @@ class ImageTextTask(PreparedDataTask):
         """Images of the training data; 0 where there are none."""
         if "train" not in available_splits(self.folders[0]):
             return 0
-        return len(self.open_samples("train"))
+        return len(self.open_samples("train", fraction=self.cfg.data_fraction))
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         names = parse_objectives(cfg.objectives)
@@ -182,7 +187,7 @@ class ImageTextTask(PreparedDataTask):
         return load_tokenizer(self.teacher.tokenizer)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
-        samples = self.open_samples(split)
+        samples = self.open_samples(split, fraction=self.cfg.data_fraction)
         training = split == "train"
         if training and self.captions.per_image == 0 and world_size() > 1:
             raise UserError(
