@@ -36,7 +36,7 @@ def build_layer_teacher(spec: str | None, config: TeacherConfig, modality: str, 
         raise UserError(f"distillation needs --teacher: {', '.join(FORMS)}")
     # The student starts from the same weights whatever making its teacher draws from the generators.
     with seeded(generator(seed)):
-        teacher = build_teacher(spec, config, layers=True)
+        teacher = build_teacher(spec, config, layers=True, modality=modality)
     if reads_captions(teacher):
         raise UserError(f"--teacher-target {config.target}: here are no captions; leave it at image")
     # One that could read both is asked for what it makes of images.

@@ -29,8 +29,8 @@ _RECORDED = {
 }
 _SOURCES = (
     "SOURCE is a run's folder or checkpoint (its image encoder), data2vec2:FILE, timm:NAME, or a whole model: "
-    "checkpoint:RUN (a student with its shared encoder), openclip:NAME, beit3:FILE. A timm model is run whole, with "
-    "its final norm; with --layers its first blocks alone, without it, as a student starts from them."
+    "checkpoint:RUN (a student with its shared encoder), openclip:NAME, beit3:FILE. Models of timm and BEiT-3 are "
+    "run whole, with their final norm; with --layers their first blocks alone, as a student starts from them."
 )
 
 

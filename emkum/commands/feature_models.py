@@ -15,8 +15,10 @@ from emkum.teachers.base import IMAGE, Teacher, TeacherConfig, TeacherInput
 
 FEATURES = DEFAULT, CLS, MEAN, BOTH = ("default", "cls", "mean", "both")
 
-# Sources that are run whole, as teachers are, with whatever follows their blocks.
-_WHOLE = ("beit3", "openclip", "checkpoint")
+# Sources that are run whole, as teachers are, with whatever follows their blocks; of others their first blocks can be
+# chosen, too.
+_WHOLE = ("openclip", "checkpoint")
+_WHOLE_UNLESS_CHOSEN = ("timm", "beit3")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def open_model(
     """The model of a source.
 
     Args:
-        source: one of those of `load_image_encoder`, or a teacher's openclip:NAME, beit3:FILE or checkpoint:RUN. These
-            three, and timm:NAME unless `layers` are chosen, are run whole; of all others the blocks alone.
+        source: one of those of `load_image_encoder`, or a teacher's openclip:NAME or checkpoint:RUN. These two, and
+            timm:NAME and beit3:FILE unless `layers` are chosen, are run whole; of all others the blocks alone.
         weights: of timm:NAME and openclip:NAME: a local file, `hub`, or empty for random ones.
         image_size: side of the input in pixels; 0 = as trained.
         layers: blocks to keep, the first ones; 0 = all.
@@ -66,7 +68,7 @@ def open_model(
         raise UserError(f"{source} holds what a teacher made of other crops; give the teacher itself")
     if kind in _WHOLE and layers:
         raise UserError(f"--layers {layers}: {source} is run whole; leave it out")
-    if kind in _WHOLE or (kind == "timm" and not layers):
+    if kind in _WHOLE or (kind in _WHOLE_UNLESS_CHOSEN and not layers):
         return _whole_model(source, weights, image_size, features, device)
     loaded = load_image_encoder(source, weights, image_size, layers)
     identity = loaded.identity | {"features": CLS if features == DEFAULT else features}

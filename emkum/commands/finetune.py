@@ -50,7 +50,9 @@ def add_parser(kinds: Any) -> None:
         "--seeds 1,2,3 --out runs/finetune",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="image encoder: a run's folder or checkpoint, timm:NAME or data2vec2:FILE"
+        "source",
+        metavar="SOURCE",
+        help="image encoder: a run's folder or checkpoint, timm:NAME, data2vec2:FILE or beit3:FILE",
     )
     parser.add_argument(
         "overrides",

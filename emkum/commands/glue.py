@@ -53,7 +53,9 @@ def add_parser(commands: Any) -> None:
         "predictions on the test set are written as the benchmark's server wants them.",
         epilog="example: emkum glue runs/text_student lr=[0.0001] --data data/glue --tasks CoLA,RTE --seeds 1,2,3",
     )
-    parser.add_argument("source", help="text encoder: a run's folder or checkpoint, bert:DIR_OR_NAME or data2vec2:FILE")
+    parser.add_argument(
+        "source", help="text encoder: a run's folder or checkpoint, bert:DIR_OR_NAME, data2vec2:FILE or beit3:FILE"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the recipe's")
     parser.add_argument(
         "--data", type=Path, default=Path("data/glue"), help="folder that `emkum prepare glue` made (%(default)s)"

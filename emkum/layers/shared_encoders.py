@@ -1,5 +1,7 @@
 """Encoders that both modalities share, run on one modality at a time."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, DropPath
@@ -17,9 +19,10 @@ def additive_mask(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, sub_norm: bool) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=1e-6) if sub_norm else nn.Identity()
         self.fc2 = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -27,7 +30,7 @@ class _FeedForward(nn.Module):
         """The output, and what the first token is before the activation."""
         hidden = self.fc1(x)
         # A copy: a view would keep all tokens' hidden values in memory.
-        return self.dropout(self.fc2(F.gelu(hidden))), hidden[:, 0].clone()
+        return self.dropout(self.fc2(self.norm(F.gelu(hidden)))), hidden[:, 0].clone()
 
 
 class SharedBlock(nn.Module):
@@ -40,17 +43,25 @@ class SharedBlock(nn.Module):
         drop_path: stochastic depth rate.
         norm_first: LayerNorm before attention and feed-forward part (ViT), or behind their residuals (BERT,
             Data2Vec 2).
+        sub_norms: LayerNorm before the last projection of attention and feed-forward part, too (BEiT-3).
     """
 
     def __init__(
-        self, width: int, num_heads: int, dropout: float = 0.0, drop_path: float = 0.0, norm_first: bool = True
+        self,
+        width: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        norm_first: bool = True,
+        sub_norms: bool = False,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads, qkv_bias=True, proj_drop=dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = _FeedForward(width, 4 * width, dropout)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.norm1 = norm(width)
+        self.attn = Attention(width, num_heads, qkv_bias=True, scale_norm=sub_norms, proj_drop=dropout, norm_layer=norm)
+        self.norm2 = norm(width)
+        self.mlp = _FeedForward(width, 4 * width, dropout, sub_norms)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -90,7 +101,7 @@ class SharedBlocks(nn.Module):
     Args:
         width: channels D.
         num_layers: blocks.
-        num_heads, dropout, norm_first: see SharedBlock.
+        num_heads, dropout, norm_first, sub_norms: see SharedBlock.
         drop_path: stochastic depth rate, of every block.
         checkpoint_activations: recompute each block in the backward pass instead of keeping what it computed.
         keeps_attention: give the CLS token's attention in the last block, too.
@@ -109,12 +120,13 @@ class SharedBlocks(nn.Module):
         norm_first: bool = True,
         checkpoint_activations: bool = False,
         keeps_attention: bool = False,
+        sub_norms: bool = False,
     ) -> None:
         super().__init__()
         if width % num_heads or num_layers < 1:
             raise ValueError(f"{num_layers} blocks of width {width} with {num_heads} heads cannot be made")
         self.blocks = nn.ModuleList(
-            SharedBlock(width, num_heads, dropout, drop_path, norm_first) for _ in range(num_layers)
+            SharedBlock(width, num_heads, dropout, drop_path, norm_first, sub_norms) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm_first else nn.Identity()
         self.checkpoint_activations = checkpoint_activations

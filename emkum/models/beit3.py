@@ -1,46 +1,35 @@
 """BEiT-3's encoder (Wang et al. 2022, "Image as a Foreign Language: BEiT Pretraining for All Vision and Vision-Language
-Tasks"), and its checkpoints.
+Tasks").
 
 Image and text tokens attend to one another in every layer. All else each modality has to itself: whatever has
 parameters is there twice, A for image tokens and B for text tokens. Parameters are named as in the released files.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import isqrt
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from emkum.errors import UserError
+from emkum.layers.precision import at_least_float32
 from emkum.layers.shared_encoders import initialize_weights
 from emkum.outputs import Encoded
-from emkum.weights import load_strictly, official_state, read_checkpoint
 
 # Both position tables begin with two rows that are not used, as fairseq's do.
 FIRST_POSITION = 2
-# Released text embeddings have more rows than the tokenizer has ids.
-RELEASED_ROWS, RELEASED_IDS = 64_010, 64_002
-
-logger = logging.getLogger(__name__)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoder
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Multiway(nn.Module):
     """One module for image tokens and another one for text tokens.
 
     Args:
-        image, text: (B, N, D) to (B, N, E) both.
+        image, text: (B, N, D) to (B, N, E) both; None of a modality that is not read.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module) -> None:
+    def __init__(self, image: nn.Module | None, text: nn.Module | None) -> None:
         super().__init__()
         self.A = image
         self.B = text
@@ -54,25 +43,51 @@ class Multiway(nn.Module):
         return torch.cat([self.A(x[:, :image_tokens]), self.B(x[:, image_tokens:])], dim=1)
 
 
-def _for_both(make: Callable[[], nn.Module]) -> Multiway:
+# From a function that makes a module to the module of each modality that is read.
+Ways = Callable[[Callable[[], nn.Module]], Multiway]
+
+
+def for_both(make: Callable[[], nn.Module]) -> Multiway:
+    """A module for images and one for text."""
     return Multiway(make(), make())
 
 
+def for_images(make: Callable[[], nn.Module]) -> Multiway:
+    """A module for images alone."""
+    return Multiway(make(), None)
+
+
+def for_text(make: Callable[[], nn.Module]) -> Multiway:
+    """A module for text alone."""
+    return Multiway(None, make())
+
+
 class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int, norm_eps: float) -> None:
+    def __init__(self, width: int, heads: int, norm_eps: float, ways: Ways, dropout: float) -> None:
         super().__init__()
         self.num_heads = heads
+        self.dropout = dropout
+        # See `emkum.layers.attention`.
+        self.fused_attn = True
         linear = partial(nn.Linear, width, width)
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (_for_both(linear) for _ in range(4))
-        self.inner_attn_ln = _for_both(partial(nn.LayerNorm, width, eps=norm_eps))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (ways(linear) for _ in range(4))
+        self.inner_attn_ln = ways(partial(nn.LayerNorm, width, eps=norm_eps))
 
     def forward(self, x: Tensor, image_tokens: int, visible: Tensor | None) -> Tensor:
         query, key, value = (
             projection(x, image_tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, heads, N, D / heads) each
-        attended = F.scaled_dot_product_attention(query, key, value, visible).transpose(1, 2).flatten(2)
-        return self.out_proj(self.inner_attn_ln(attended, image_tokens), image_tokens)
+        attend = F.scaled_dot_product_attention if self.fused_attn else _plain_attention
+        attended = attend(query, key, value, visible, self.dropout if self.training else 0.0)
+        return self.out_proj(self.inner_attn_ln(attended.transpose(1, 2).flatten(2), image_tokens), image_tokens)
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float) -> Tensor:
+    logits = at_least_float32(query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+    if visible is not None:
+        logits = logits.masked_fill(~visible, float("-inf"))
+    return F.dropout(logits.softmax(-1), dropout).to(value.dtype) @ value
 
 
 class _FeedForward(nn.Module):
@@ -86,33 +101,64 @@ class _FeedForward(nn.Module):
         return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
 
 
-class _Layer(nn.Module):
-    """Pre-norm, with a further norm inside attention and feed-forward part, each before its last projection."""
+class MultiwayLayer(nn.Module):
+    """Pre-norm, with a further norm inside attention and feed-forward part, each before its last projection.
 
-    def __init__(self, width: int, heads: int, ffn_width: int, norm_eps: float) -> None:
+    Args:
+        width, heads, ffn_width, norm_eps: see BEiT3.
+        ways: the modalities that are read.
+        dropout: after attention and feed-forward part.
+        attention_dropout: of the attention weights.
+        drop_path: stochastic depth rate.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ffn_width: int,
+        norm_eps: float,
+        ways: Ways = for_both,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, width, eps=norm_eps)
-        self.self_attn = _Attention(width, heads, norm_eps)
-        self.self_attn_layer_norm = _for_both(norm)
-        self.ffn = _for_both(partial(_FeedForward, width, ffn_width, norm_eps))
-        self.final_layer_norm = _for_both(norm)
+        self.self_attn = _Attention(width, heads, norm_eps, ways, attention_dropout)
+        self.self_attn_layer_norm = ways(norm)
+        self.ffn = ways(partial(_FeedForward, width, ffn_width, norm_eps))
+        self.final_layer_norm = ways(norm)
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, image_tokens: int, visible: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x, image_tokens), image_tokens, visible)
-        return x + self.ffn(self.final_layer_norm(x, image_tokens), image_tokens)
+        """(B, N, D) to (B, N, D); `visible`, which broadcasts to (B, heads, N, N), is True where attention may look."""
+        attended = self.self_attn(self.self_attn_layer_norm(x, image_tokens), image_tokens, visible)
+        x = x + self.drop_path(self.dropout(attended))
+        return x + self.drop_path(self.dropout(self.ffn(self.final_layer_norm(x, image_tokens), image_tokens)))
 
 
-class _VisionEmbedding(nn.Module):
-    def __init__(self, width: int, patch_size: int) -> None:
+class VisionEmbedding(nn.Module):
+    """Patches and the CLS token before them.
+
+    Args:
+        width: D.
+        patch_size: side of a patch in pixels.
+        mask_token: make a learned token that stands for masked patches.
+    """
+
+    def __init__(self, width: int, patch_size: int, mask_token: bool = True) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_token else None
         self.proj = nn.Conv2d(3, width, patch_size, patch_size)
 
-    def forward(self, images: Tensor, masked: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, masked: Tensor | None, mask_token: Tensor | None) -> Tensor:
+        """(B, 1 + N, D); (D,) or (1, 1, D) `mask_token` stands where (B, N) `masked` is True."""
         patches = self.proj(images).flatten(2).transpose(1, 2)
         if masked is not None:
-            patches = torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
+            patches = torch.where(masked[..., None], mask_token.to(patches.dtype), patches)
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
 
@@ -122,8 +168,8 @@ class _Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_positions = Multiway(*(nn.Embedding(FIRST_POSITION + count, width) for count in positions))
-        self.layers = nn.ModuleList(_Layer(width, heads, ffn_width, norm_eps) for _ in range(layers))
-        self.layer_norm = _for_both(partial(nn.LayerNorm, width, eps=norm_eps))
+        self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn_width, norm_eps) for _ in range(layers))
+        self.layer_norm = for_both(partial(nn.LayerNorm, width, eps=norm_eps))
 
 
 class BEiT3(nn.Module):
@@ -164,10 +210,10 @@ class BEiT3(nn.Module):
         if width % heads or image_size % patch_size:
             raise ValueError(f"width {width} / heads {heads} or image {image_size} / patch {patch_size} is not whole")
         self.text_embed = nn.Embedding(vocab_size, width)
-        self.vision_embed = _VisionEmbedding(width, patch_size)
+        self.vision_embed = VisionEmbedding(width, patch_size)
         positions = (1 + (image_size // patch_size) ** 2, max_positions)
         self.encoder = _Encoder(width, layers, heads, ffn_width, positions, norm_eps)
-        self.apply(_initialize)
+        self.apply(initialize_beit3)
         self.width = width
         self.num_layers = layers
         self.num_heads = heads
@@ -243,7 +289,8 @@ class BEiT3(nn.Module):
     def _embed_images(self, images: Tensor, masked: Tensor | None) -> Tensor:
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(f"images are {tuple(images.shape[-2:])}; the encoder has positions for {self.image_size}")
-        return self.vision_embed(images, masked) + self.encoder.embed_positions.A.weight[FIRST_POSITION:]
+        tokens = self.vision_embed(images, masked, self.vision_embed.mask_token)
+        return tokens + self.encoder.embed_positions.A.weight[FIRST_POSITION:]
 
     def _embed_text(self, text: Tensor) -> Tensor:
         length = text.shape[1]
@@ -253,129 +300,20 @@ class BEiT3(nn.Module):
         return self.text_embed(text) + positions
 
 
-def _initialize(module: nn.Module) -> None:
+def initialize_beit3(module: nn.Module) -> None:
+    """BERT's and ViT's initialization, of tables and tokens too."""
     initialize_weights(module)
     if isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, _VisionEmbedding):
-        nn.init.trunc_normal_(module.cls_token, std=0.02)
-        nn.init.trunc_normal_(module.mask_token, std=0.02)
+    elif isinstance(module, VisionEmbedding):
+        for token in module.parameters(recurse=False):
+            nn.init.trunc_normal_(token, std=0.02)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-# What the released files have beside the encoder, by the first part of the name: pretraining, retrieval, captions,
-# question answering and classification.
-_HEADS = ("mlm_head", "mim_head", "language_head", "vision_head", "logit_scale", "pooler", "head", "fc_norm")
-_IMAGE_POSITIONS, _TEXT_POSITIONS = "encoder.embed_positions.A.weight", "encoder.embed_positions.B.weight"
-_TEXT, _PATCHES, _HIDDEN = "text_embed.weight", "vision_embed.proj.weight", "encoder.layers.0.ffn.A.fc1.weight"
-# Parameters that tell the sizes, and their number of dimensions.
-_TELLING = {_TEXT: 2, _PATCHES: 4, _HIDDEN: 2, _IMAGE_POSITIONS: 2, _TEXT_POSITIONS: 2}
-# Width of a head in all released models.
-_HEAD_WIDTH = 64
-
-
-def beit3_from_checkpoint(
-    path: str | Path,
-    image_size: int | None = None,
-    vocab_size: int | None = None,
-    num_layers: int | None = None,
-    allowed: str = "",
-) -> BEiT3:
-    """Build the encoder that a checkpoint holds, and load it.
-
-    Args:
-        path: a released or fine-tuned file, `{"model": parameters}`, or parameters alone in any format that
-            `emkum.weights.read_checkpoint` reads. Heads for particular tasks are left out.
-        image_size: side of the input in pixels, to which the positions are interpolated; None = as in the file.
-        vocab_size: keep only the first so many rows of the text embedding; None = all, but of the released 64,010 the
-            64,002 that have a piece in the vocabulary.
-        num_layers: keep only the first so many layers; None = all.
-        allowed: see `emkum.weights.load_strictly`. Files fine-tuned for classification or question answering lack the
-            final norm: `encoder.layer_norm.*` gives them one without effect of weight and bias.
-
-    Raises:
-        UserError: the file cannot be read, is of another model, or has missing, unexpected or misshapen parameters; or
-            one of the sizes does not go with it.
-    """
-    state = _encoder_parameters(path)
-    arguments = _arguments(state, path)
-    side = arguments["image_size"] if image_size is None else image_size
-    if side < 1 or side % arguments["patch_size"]:
-        raise UserError(f"image size {side} is no multiple of the patch size {arguments['patch_size']} of {path}")
-    if side != arguments["image_size"]:
-        state[_IMAGE_POSITIONS] = _interpolated(state[_IMAGE_POSITIONS], side // arguments["patch_size"])
-        arguments["image_size"] = side
-    state[_TEXT] = _trimmed(state[_TEXT], vocab_size, path)
-    arguments["vocab_size"] = len(state[_TEXT])
-    total = arguments["layers"]
-    if num_layers is not None:
-        if not 1 <= num_layers <= total:
-            raise UserError(f"{path} has {total} layers; {num_layers} cannot be kept")
-        arguments["layers"] = num_layers
-    left_out = tuple(f"encoder.layers.{index}." for index in range(arguments["layers"], total))
-    model = BEiT3(**arguments)
-    used = {name: value for name, value in state.items() if not name.startswith(left_out)}
-    load_strictly(model, used, path, allowed, "BEiT-3")
-    return model
-
-
-def _encoder_parameters(path: str | Path) -> dict[str, Tensor]:
-    state, heads = {}, set()
-    for name, value in official_state(read_checkpoint(path)).items():
-        first = name.split(".")[0]
-        if first in _HEADS:
-            heads.add(first)
-        else:
-            state[name.removeprefix("beit3.")] = value
-    if heads:
-        logger.info("%s: left out %s, which the encoder does not have", path, ", ".join(sorted(heads)))
-    return state
-
-
-def _arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """Of the whole model in the file, but for the vocabulary."""
-    wanting = [name for name, dims in _TELLING.items() if name not in state or state[name].ndim != dims]
-    if wanting:
-        raise UserError(f"{path} is no checkpoint of BEiT-3: it lacks {', '.join(wanting)} or has other shapes of it")
-    hidden, width = state[_HIDDEN].shape
-    if width % _HEAD_WIDTH:
-        raise UserError(f"{path}: a width of {width} is no multiple of {_HEAD_WIDTH}, the width of BEiT-3's heads")
-    patch_size = state[_PATCHES].shape[-1]
-    patches = len(state[_IMAGE_POSITIONS]) - FIRST_POSITION - 1
-    if patches < 1 or isqrt(patches) ** 2 != patches:
-        raise UserError(f"{path}: {_IMAGE_POSITIONS} has {patches} rows for patches, which make no square")
-    max_positions = len(state[_TEXT_POSITIONS]) - FIRST_POSITION
-    if max_positions < 1:
-        raise UserError(f"{path}: {_TEXT_POSITIONS} has {max_positions + FIRST_POSITION} rows, too few for any text")
-    return {
-        "width": width,
-        "layers": len({name.split(".")[2] for name in state if name.startswith("encoder.layers.")}),
-        "heads": width // _HEAD_WIDTH,
-        "ffn_width": hidden,
-        "image_size": isqrt(patches) * patch_size,
-        "patch_size": patch_size,
-        "max_positions": max_positions,
-    }
-
-
-def _interpolated(table: Tensor, side: int) -> Tensor:
+def interpolated_positions(table: Tensor, side: int) -> Tensor:
     """Position rows for `side` x `side` patches; the unused ones and the CLS token's stay as they are."""
     others, patches = table[: FIRST_POSITION + 1].float(), table[FIRST_POSITION + 1 :].float()
     before = isqrt(len(patches))
     grid = patches.T.unflatten(1, (before, before))[None]
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([others, grid[0].flatten(1).T])
-
-
-def _trimmed(table: Tensor, vocab_size: int | None, path: str | Path) -> Tensor:
-    rows = len(table)
-    if vocab_size is None:
-        vocab_size = RELEASED_IDS if rows == RELEASED_ROWS else rows
-    if not 1 <= vocab_size <= rows:
-        raise UserError(f"{path} has a text embedding of {rows} rows; the vocabulary needs {vocab_size}")
-    if vocab_size < rows:
-        logger.info("%s: text embedding of %d rows trimmed to the %d of the vocabulary", path, rows, vocab_size)
-    return table[:vocab_size]

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emkum.errors import UserError
 from emkum.models.bert import BertEncoder
-from emkum.models.encoder import LayerChoice
+from emkum.models.encoder import LayerChoice, renumbered_layers
 from emkum.weights import first_line, load_strictly, official_state, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ _HEADS = ("pooler", "cls", "classifier", "qa_outputs")
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 _HIDDEN = "encoder.layer.0.intermediate.dense.weight"
 _WORDS, _POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
-_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
+_LAYERS = "encoder.layer."
 # What an encoder of another kind would say of itself.
 _SUPPORTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 # Names of sizes in config.json, and of the arguments of BertEncoder.
@@ -143,7 +143,7 @@ def bert_from_checkpoint(
         dropout=dropout,
         attention_dropout=attention_dropout,
     )
-    state = _with_layers(released.state, kept, total)
+    state = renumbered_layers(released.state, _LAYERS, kept, total)
     load_strictly(encoder, state, released.files.weights, allowed, "BERT")
     return encoder
 
@@ -171,7 +171,7 @@ def load_bert_weights(
     kept = (choice or LayerChoice(encoder.num_layers)).indices(total, weights)
     if len(kept) != encoder.num_layers:
         raise UserError(f"{len(kept)} layers of {weights} are chosen for a text encoder of {encoder.num_layers}")
-    state = _with_layers(released.state, kept, total)
+    state = renumbered_layers(released.state, _LAYERS, kept, total)
     state[_WORDS] = _first_rows(state[_WORDS], encoder.vocab_size, "vocabulary", weights)
     if encoder.embeddings.position_embeddings is None:
         del state[_POSITIONS]
@@ -231,7 +231,7 @@ def _arguments(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     return {
         "vocab_size": words,
         "width": width,
-        "layers": len({name.split(".")[2] for name in state if name.startswith("encoder.layer.")}),
+        "layers": len({name.split(".")[2] for name in state if name.startswith(_LAYERS)}),
         "ffn_width": hidden,
         "max_positions": positions,
         "token_types": types,
@@ -256,22 +256,6 @@ def _heads(released: _Released) -> int:
     if not isinstance(told, int) or told < 1 or width % told:
         raise UserError(f"{files.config}: num_attention_heads {told!r} does not go with a width of {width}")
     return told
-
-
-def _with_layers(state: Mapping[str, Tensor], kept: Sequence[int], total: int) -> dict[str, Tensor]:
-    """Parameters with the layers of `kept` alone, counted anew.
-
-    Those of layers from `total` on keep their names: what has a gap in its layers is refused by these.
-    """
-    places = {index: place for place, index in enumerate(kept)}
-    renamed = {}
-    for name, value in state.items():
-        layer = _LAYER.match(name)
-        if layer is None or int(layer[1]) >= total:
-            renamed[name] = value
-        elif int(layer[1]) in places:
-            renamed[f"encoder.layer.{places[int(layer[1])]}.{name[layer.end() :]}"] = value
-    return renamed
 
 
 def _assert_same_sizes(encoder: BertEncoder, released: _Released) -> None:

@@ -67,6 +67,10 @@ class SharedEncoderConfig:
         default=0, metadata={"help": "attention heads; 0 = the encoders' of that width, else width / 64"}
     )
     norm: str = field(default="pre", metadata={"help": "LayerNorm in the blocks: pre (as ViT) or post (as BERT)"})
+    sub_norms: bool = field(
+        default=False,
+        metadata={"help": "LayerNorm before the last projection of attention and MLP, too, as BEiT-3 has them"},
+    )
     init: str = field(
         default="random",
         metadata={"help": "random, or text / image: that pretrained model's layers behind the last one kept"},
@@ -302,6 +306,7 @@ def _shared_encoder(parts: Mapping[str, Any], width: int, layers: int, heads: in
         norm_first=config.norm == "pre",
         checkpoint_activations=parts["student"].checkpoint_activations,
         keeps_attention=attention,
+        sub_norms=config.sub_norms,
     )
     for block in encoder.blocks:
         block.attn.fused_attn = parts["student"].attention == "fused"
@@ -310,9 +315,13 @@ def _shared_encoder(parts: Mapping[str, Any], width: int, layers: int, heads: in
 
 def _copy_block(block: nn.Module, state: Mapping[str, torch.Tensor], option: str) -> None:
     own = block.state_dict()
-    differing = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    differing = sorted(own.keys() ^ state.keys())
+    differing += [name for name in own if name in state and state[name].shape != own[name].shape]
     if differing:
-        raise UserError(f"{option}: that model's layers do not fit the shared block (they differ in {differing[0]})")
+        hint = "; --shared-sub-norms is for layers of beit3, which need it" if ".norm." in differing[0] else ""
+        raise UserError(
+            f"{option}: that model's layers do not fit the shared block (they differ in {differing[0]}){hint}"
+        )
     block.load_state_dict(state)
 
 

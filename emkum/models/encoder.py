@@ -1,6 +1,6 @@
 """What the encoders of either modality have in common, and which layers of a pretrained model they keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,28 @@ class LayerChoice:
         return given[: count + self.further]
 
 
+def renumbered_layers(state: Mapping[str, Tensor], prefix: str, kept: Sequence[int], total: int) -> dict[str, Tensor]:
+    """Parameters of a model with the layers of `kept` alone, counted anew.
+
+    Those of layers from `total` on keep their names: what has a gap in its layers is refused by these.
+
+    Args:
+        state: parameters; those of layers are called PREFIX, the layer's number, a point, and the rest.
+        prefix: ends with a point.
+        kept: layers of the model, counted from 0.
+        total: how many layers there are.
+    """
+    places = {index: place for place, index in enumerate(kept)}
+    renamed = {}
+    for name, value in state.items():
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix) or not number.isdigit() or int(number) >= total:
+            renamed[name] = value
+        elif int(number) in places:
+            renamed[f"{prefix}{places[int(number)]}.{rest}"] = value
+    return renamed
+
+
 class Encoder(nn.Module):
     """Tokens of one modality, in two steps, so that something can be added to the tokens before the first block.
 
@@ -87,7 +109,8 @@ class Encoder(nn.Module):
     def block_state(self, index: int) -> dict[str, Tensor]:
         """Parameters of a block by the names of timm's ViT block: norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2.
 
-        Whatever scales a block's output is part of its weights here.
+        Of blocks with a norm before each last projection, as BEiT-3's, attn.norm and mlp.norm too. Whatever scales a
+        block's output is part of its weights here.
         """
         raise NotImplementedError
 

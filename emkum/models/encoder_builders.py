@@ -1,10 +1,13 @@
 """From options to the student's two encoders."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 
 from emkum.errors import UserError
+from emkum.models.beit3_checkpoints import load_beit3_weights
+from emkum.models.beit3_encoders import BEiT3ImageEncoder, BEiT3TextEncoder
 from emkum.models.bert import BertEncoder
 from emkum.models.bert_checkpoints import load_bert_weights
 from emkum.models.cnn_encoder import CnnImageEncoder
@@ -44,29 +47,38 @@ SIZES = {
 class ImageEncoderConfig:
     encoder: str = field(
         default="data2vec2",
-        metadata={"help": "data2vec2, or timm:NAME for a timm Vision Transformer, BEiT or convolutional network"},
+        metadata={
+            "help": "data2vec2, beit3 (beit3:FILE is short for weights beside it), or timm:NAME for a timm Vision "
+            "Transformer, BEiT or convolutional network"
+        },
     )
     weights: str = field(
         default="", metadata={"help": "pretrained weights: a local file, or 'hub' (timm only); empty = random"}
     )
     size: int = field(default=224, metadata={"help": "side of the student's input in pixels"})
-    patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels (data2vec2 without weights)"})
+    patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels (data2vec2, beit3)"})
     layers: int = field(default=0, metadata={"help": "blocks to keep; 0 = as --student-size says"})
     layer_choice: str = field(
         default="first", metadata={"help": "which blocks of the pretrained model: first, every_second (1st, 3rd ...)"}
     )
-    dropout: float = field(default=0.0, metadata={"help": "dropout after attention and MLP (data2vec2)"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout after attention and MLP (data2vec2, beit3)"})
     drop_path: float = field(default=0.0, metadata={"help": "stochastic depth rate of the last block"})
+
+    def __post_init__(self) -> None:
+        _take_weights_from_name(self, "image")
 
 
 @dataclass
 class TextEncoderConfig:
-    encoder: str = field(default="data2vec2", metadata={"help": "data2vec2 or bert"})
+    encoder: str = field(
+        default="data2vec2",
+        metadata={"help": "data2vec2, bert or beit3 (beit3:FILE is short for weights beside it)"},
+    )
     weights: str = field(
         default="",
         metadata={
-            "help": "pretrained weights: released Data2Vec 2 text checkpoint, or BERT's folder, file or name on the "
-            "hub; empty = random"
+            "help": "pretrained weights: released checkpoint of Data2Vec 2 text or BEiT-3, or BERT's folder, file or "
+            "name on the hub; empty = random"
         },
     )
     layers: int = field(default=0, metadata={"help": "blocks to keep; 0 = as --student-size says"})
@@ -77,6 +89,25 @@ class TextEncoderConfig:
     attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
     drop_path: float = field(default=0.0, metadata={"help": "stochastic depth rate of the last block"})
     max_positions: int = field(default=512, metadata={"help": "rows of the learned position table"})
+
+    def __post_init__(self) -> None:
+        _take_weights_from_name(self, "text")
+
+
+def _take_weights_from_name(config: Any, modality: str) -> None:
+    """Make beit3:FILE of an encoder's options beit3 with FILE as weights.
+
+    Raises:
+        UserError: there is no file, or other weights are given, too.
+    """
+    kind, colon, file = config.encoder.partition(":")
+    if kind != "beit3" or not colon:
+        return
+    if not file or config.weights not in ("", file):
+        raise UserError(
+            f"--{modality}-encoder {config.encoder}: give beit3:FILE, or beit3 and the file by --{modality}-weights"
+        )
+    config.encoder, config.weights = kind, file
 
 
 @dataclass(frozen=True)
@@ -104,53 +135,63 @@ def build_image_encoder(config: ImageEncoderConfig, setting: EncoderSetting) -> 
     Raises:
         UserError: an option has a value that names nothing, or weights do not fit.
     """
-    name = config.encoder.removeprefix("timm:")
     weights = config.weights if setting.pretrained else ""
     choice = _layer_choice("image", config, setting)
     rate = _rate_at_end(config.drop_path, choice)
-    if name != config.encoder:
-        if not is_transformer(name):
-            if config.drop_path or config.dropout:
-                raise UserError(
-                    f"--image-drop-path and --image-dropout have no effect on {config.encoder}: leave them out"
-                )
-            if config.layers:
-                raise UserError(f"--image-layers {config.layers}: {config.encoder} has no blocks to choose from")
-            return CnnImageEncoder(name, weights, config.size)
-        if config.dropout:
-            raise UserError(
-                f"--image-dropout has no effect on {config.encoder}: leave it out, or give --image-drop-path"
-            )
-        return TimmImageEncoder(
-            name,
-            weights,
-            config.size,
-            choice=choice,
-            drop_path=rate,
-            own_positions=setting.own_positions,
-            fused_attention=setting.fused_attention,
-        )
-    if config.encoder != "data2vec2":
-        raise UserError(f"--image-encoder {config.encoder!r} is unknown; choose data2vec2 or timm:NAME")
-    if config.size % config.patch_size:
+    if config.encoder.startswith("timm:"):
+        return _timm_encoder(config, setting, weights, choice, rate)
+    if config.encoder not in ("data2vec2", "beit3"):
+        raise UserError(f"--image-encoder {config.encoder!r} is unknown; choose data2vec2, beit3 or timm:NAME")
+    if config.size < 1 or config.patch_size < 1 or config.size % config.patch_size:
         raise UserError(f"--image-size {config.size} is no multiple of --image-patch-size {config.patch_size}")
-    layers = choice.count + choice.further
+    layers, width, heads = choice.count + choice.further, setting.size.width, setting.size.heads
+    shared = {
+        "patch_size": config.patch_size,
+        "dropout": config.dropout,
+        "drop_path": rate,
+        "own_positions": setting.own_positions,
+        "fused_attention": setting.fused_attention,
+    }
+    if config.encoder == "beit3":
+        beit3 = BEiT3ImageEncoder(width, layers, heads, 4 * width, config.size, **shared)
+        if weights:
+            load_beit3_weights(beit3, weights, choice)
+        return beit3
     prenet_layers = min(setting.size.prenet_layers, choice.count)
     encoder = Data2Vec2ImageEncoder(
-        embed_dim=setting.size.width,
+        embed_dim=width,
         depth=layers - prenet_layers,
         prenet_depth=prenet_layers,
-        num_heads=setting.size.heads,
+        num_heads=heads,
         input_size=config.size,
-        patch_size=config.patch_size,
-        dropout=config.dropout,
-        drop_path=rate,
-        own_positions=setting.own_positions,
-        fused_attention=setting.fused_attention,
+        **shared,
     )
     if weights:
         load_data2vec2_weights(encoder, weights, choice)
     return encoder
+
+
+def _timm_encoder(
+    config: ImageEncoderConfig, setting: EncoderSetting, weights: str, choice: LayerChoice, rate: float
+) -> Encoder:
+    name = config.encoder.removeprefix("timm:")
+    if not is_transformer(name):
+        if config.drop_path or config.dropout:
+            raise UserError(f"--image-drop-path and --image-dropout have no effect on {config.encoder}: leave them out")
+        if config.layers:
+            raise UserError(f"--image-layers {config.layers}: {config.encoder} has no blocks to choose from")
+        return CnnImageEncoder(name, weights, config.size)
+    if config.dropout:
+        raise UserError(f"--image-dropout has no effect on {config.encoder}: leave it out, or give --image-drop-path")
+    return TimmImageEncoder(
+        name,
+        weights,
+        config.size,
+        choice=choice,
+        drop_path=rate,
+        own_positions=setting.own_positions,
+        fused_attention=setting.fused_attention,
+    )
 
 
 def build_text_encoder(config: TextEncoderConfig, setting: EncoderSetting, vocab_size: int, pad_index: int) -> Encoder:
@@ -175,10 +216,16 @@ def build_text_encoder(config: TextEncoderConfig, setting: EncoderSetting, vocab
         if weights:
             load_data2vec2_weights(encoder, weights, choice)
         return encoder
-    if config.encoder != "bert":
-        raise UserError(f"--text-encoder {config.encoder!r} is unknown; choose data2vec2 or bert")
+    if config.encoder not in ("bert", "beit3"):
+        raise UserError(f"--text-encoder {config.encoder!r} is unknown; choose data2vec2, bert or beit3")
     width, heads, layers = sizes["embed_dim"], sizes["num_heads"], sizes["depth"]
-    bert = BertEncoder(width=width, heads=heads, layers=layers, ffn_width=4 * width, **shared)
+    shared |= {"width": width, "heads": heads, "layers": layers, "ffn_width": 4 * width}
+    if config.encoder == "beit3":
+        beit3 = BEiT3TextEncoder(**shared, fused_attention=setting.fused_attention)
+        if weights:
+            load_beit3_weights(beit3, weights, choice)
+        return beit3
+    bert = BertEncoder(**shared)
     if weights:
         load_bert_weights(bert, weights, choice)
     return bert

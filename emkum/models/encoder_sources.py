@@ -1,6 +1,7 @@
 """Encoders of one modality, out of any run of this project or any pretrained model.
 
-A source is the folder or the checkpoint of a run, or KIND:REST with one of the kinds `timm`, `data2vec2` and `bert`.
+A source is the folder or the checkpoint of a run, or KIND:REST with one of the kinds `timm`, `data2vec2`, `beit3` and
+`bert`.
 """
 
 import os
@@ -16,6 +17,8 @@ from emkum.checkpoint import MODEL, find_checkpoint, load, model_name
 from emkum.data.tokenizers import Tokenizer, load_tokenizer
 from emkum.errors import UserError
 from emkum.layers.token_types import IMAGE, TEXT
+from emkum.models.beit3_checkpoints import WORDS, beit3_vocabulary, first_words, read_beit3, sizes_of_beit3
+from emkum.models.beit3_encoders import BEiT3ImageEncoder
 from emkum.models.bert_checkpoints import bert_from_checkpoint, find_bert
 from emkum.models.builders import StudentConfig, size_of
 from emkum.models.data2vec2_checkpoints import encoder_arguments_from_checkpoint
@@ -35,8 +38,8 @@ from emkum.weights import fingerprint, load_strictly, read_checkpoint
 
 IMAGE_PARTS: dict[str, type] = {"student": StudentConfig, "image": ImageEncoderConfig}
 TEXT_PARTS: dict[str, type] = {"student": StudentConfig, "text": TextEncoderConfig}
-IMAGE_FORMS = "a run's folder or checkpoint, timm:NAME or data2vec2:FILE"
-TEXT_FORMS = "a run's folder or checkpoint, data2vec2:FILE or bert:DIR_OR_NAME"
+IMAGE_FORMS = "a run's folder or checkpoint, timm:NAME, data2vec2:FILE or beit3:FILE"
+TEXT_FORMS = "a run's folder or checkpoint, data2vec2:FILE, beit3:FILE or bert:DIR_OR_NAME"
 
 # Models of runs whose only encoder is their attribute `encoder`.
 IMAGE_MODELS = ("image_student", "image_classifier", "dino_image")
@@ -44,7 +47,7 @@ TEXT_MODELS = ("masked_language_model", "text_student", "text_classifier")
 DATA2VEC2_MODEL = "data2vec2_image"
 # Where the encoder lies that counts: of DINO it is the average.
 _PLACES = {"dino_image": "average.module.encoder."}
-_KINDS = ("timm", "data2vec2", "bert")
+_KINDS = ("timm", "data2vec2", "beit3", "bert")
 # Options that say what an encoder is made of, weights aside.
 _SHARED = ("student_size", "student_width", "student_heads")
 _ARCHITECTURE = {
@@ -150,6 +153,8 @@ def load_image_encoder(source: str, weights: str = "", image_size: int = 0, laye
         encoder, options = _timm_encoder(rest, weights, image_size)
     elif kind == "data2vec2":
         encoder, options = _data2vec2_images(rest)
+    elif kind == "beit3":
+        encoder, options = _beit3_images(rest)
     else:
         encoder, options = _image_encoder_of_run(find_checkpoint(rest))
     if image_size not in (0, encoder.image_size):
@@ -171,6 +176,25 @@ def _timm_encoder(name: str, weights: str, image_size: int) -> tuple[Encoder, di
 def _data2vec2_images(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
     options = _data2vec2_options(path, "IMAGE")
     return image_encoder_from_options(options | {"image_weights": str(path)}), options
+
+
+def _beit3_images(path: str | Path) -> tuple[Encoder, dict[str, Any]]:
+    sizes = sizes_of_beit3(read_beit3(path), path)
+    options = _beit3_options(sizes, "image") | {
+        "image_size": sizes["image_size"],
+        "image_patch_size": sizes["patch_size"],
+    }
+    return image_encoder_from_options(options | {"image_weights": str(path)}), options
+
+
+def _beit3_options(sizes: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """Options of either encoder in a checkpoint of BEiT-3 that has these sizes."""
+    return {
+        f"{modality}_encoder": "beit3",
+        f"{modality}_layers": sizes["layers"],
+        "student_width": sizes["width"],
+        "student_heads": sizes["heads"],
+    }
 
 
 def _data2vec2_options(path: str | Path, modality: str) -> dict[str, Any]:
@@ -208,6 +232,9 @@ def _resized(encoder: Encoder, image_size: int, source: str, options: dict[str, 
     if isinstance(encoder, TimmImageEncoder):
         resize_timm_encoder(encoder, image_size, source)
         return encoder
+    if isinstance(encoder, BEiT3ImageEncoder):
+        encoder.resize(image_size, source)
+        return encoder
     other = image_encoder_from_options(options, pretrained=False)
     copy_layers(other, encoder, source)
     return other
@@ -238,6 +265,8 @@ def load_text_encoder(source: str, tokenizer: str = "", layers: int = 0) -> Load
         encoder, options, found = _bert(rest, given)
     elif kind == "data2vec2":
         encoder, options, found = _data2vec2_text(rest, given)
+    elif kind == "beit3":
+        encoder, options, found = _beit3_text(rest, given)
     else:
         encoder, options, found = _text_encoder_of_run(find_checkpoint(rest), given)
     _keep_first(encoder, layers, source, options, "text_layers")
@@ -269,6 +298,17 @@ def _bert(source: str, tokenizer: Tokenizer | None) -> _TextEncoder:
 def _data2vec2_text(path: str, tokenizer: Tokenizer | None) -> _TextEncoder:
     rows = encoder_arguments_from_checkpoint(path, "TEXT")["vocab_size"]
     options = _data2vec2_options(path, "TEXT")
+    encoder = text_encoder_from_options(options | {"text_weights": path}, *_vocabulary(tokenizer, rows))
+    return encoder, options, tokenizer
+
+
+def _beit3_text(path: str, tokenizer: Tokenizer | None) -> _TextEncoder:
+    state = read_beit3(path)
+    sizes = sizes_of_beit3(state, path)
+    if tokenizer is None and beit3_vocabulary(path).is_file():
+        tokenizer = load_tokenizer(beit3_vocabulary(path))
+    rows = len(first_words(state[WORDS], None, path))
+    options = _beit3_options(sizes, "text") | {"text_max_positions": sizes["max_positions"]}
     encoder = text_encoder_from_options(options | {"text_weights": path}, *_vocabulary(tokenizer, rows))
     return encoder, options, tokenizer
 

@@ -15,13 +15,16 @@ from emkum.teachers.timm_teacher import timm_teacher
 from emkum.weights import read_checkpoint
 
 
-def build_teacher(spec: str, config: TeacherConfig | None = None, layers: bool = False) -> Teacher:
+def build_teacher(
+    spec: str, config: TeacherConfig | None = None, layers: bool = False, modality: str | None = None
+) -> Teacher:
     """Build a teacher from its name.
 
     Args:
         spec: KIND:REST, with the kinds of TEACHERS.
         config: weights, input size, pooling and how to run; None = defaults.
         layers: give all layers.
+        modality: what it is to read alone, of those kinds that can be asked; None = all that it can read.
 
     Raises:
         UserError: the name names nothing, or the teacher cannot be had.
@@ -31,7 +34,8 @@ def build_teacher(spec: str, config: TeacherConfig | None = None, layers: bool =
         if spec == SELF:
             raise UserError("--teacher self is the student's moving average, which only training has")
         raise UserError(f"--teacher {spec!r} is unknown; choose {', '.join(FORMS[:-1])} or {FORMS[-1]}")
-    return TEACHERS[kind](rest, config or TeacherConfig(), layers)
+    make = TEXT_TEACHERS.get(kind, TEACHERS[kind]) if modality == TEXT else TEACHERS[kind]
+    return make(rest, config or TeacherConfig(), layers)
 
 
 def assert_reads_images(teacher: Teacher, spec: str) -> None:
@@ -54,11 +58,11 @@ def _data2vec2(path: str, config: TeacherConfig, layers: bool) -> Teacher:
 
 
 def _beit3(path: str, config: TeacherConfig, layers: bool) -> Teacher:
-    """A released or fine-tuned BEiT-3; its vocabulary, `beit3.spm`, is looked for beside the file."""
-    from emkum.models.beit3 import beit3_from_checkpoint
+    """A released or fine-tuned BEiT-3."""
+    from emkum.models.beit3_checkpoints import beit3_from_checkpoint, beit3_vocabulary
 
     model = beit3_from_checkpoint(path, config.image_size or None, allowed=config.allow_missing)
-    vocabulary = Path(path).with_name("beit3.spm")
+    vocabulary = beit3_vocabulary(path)
     _assert_vocabulary(vocabulary, len(model.text_embed.weight), path)
     return beit3_teacher(
         model,
@@ -70,6 +74,17 @@ def _beit3(path: str, config: TeacherConfig, layers: bool) -> Teacher:
         layers=layers,
         **shared_options(config),
     )
+
+
+def _beit3_text(path: str, config: TeacherConfig, layers: bool) -> Teacher:
+    """What BEiT-3 makes of texts alone, without its final norm."""
+    from emkum.models.encoder_sources import load_text_encoder
+
+    loaded = load_text_encoder(f"beit3:{path}")
+    if loaded.tokenizer is None:
+        raise UserError(f"beit3: a teacher of text needs beit3.spm beside {path}")
+    tokenizer = Path(loaded.tokenizer.source)
+    return encoder_teacher(loaded.encoder, {"teacher": "beit3"}, config, TEXT, tokenizer, layers)
 
 
 def _assert_vocabulary(vocabulary: Path, rows: int, weights: str | Path) -> None:
@@ -154,6 +169,8 @@ TEACHERS: dict[str, Callable[[str, TeacherConfig, bool], Teacher]] = {
     "checkpoint": _checkpoint,
     "cached": _cached,
 }
+# The same of teachers that are to read text alone, where another one of their kind reads images too.
+TEXT_TEACHERS: dict[str, Callable[[str, TeacherConfig, bool], Teacher]] = {"beit3": _beit3_text}
 FORMS = (
     "timm:NAME",
     "data2vec2:FILE",

@@ -24,6 +24,7 @@ from emkum.commands.image_features import split_features
 from emkum.data.shard_writing import ShardWriter
 from emkum.data.shards import open_split
 from emkum.errors import UserError
+from emkum.models.beit3 import BEiT3
 from emkum.models.encoder import LayerChoice
 from emkum.models.timm_encoder import TimmImageEncoder
 from emkum.prepare.cifar import CIFAR10_CLASSES
@@ -126,6 +127,17 @@ def test_a_timm_model_is_run_whole_without_layers(cifar: Path, tmp_path: Path, w
     model = open_model(f"timm:{MODEL}", str(weights), SIDE, 6)
     blocks = computed(model, cifar, "test", tmp_path)
     assert not np.allclose(blocks, expected["cls"], rtol=0.01), "the blocks alone have no final norm"
+
+
+def test_beit3_is_run_whole_without_layers(cifar: Path, tmp_path: Path) -> None:
+    whole = BEiT3(9, width=64, layers=3, heads=1, ffn_width=256, image_size=SIDE, patch_size=8, max_positions=4).eval()
+    torch.save({"model": whole.state_dict()}, tmp_path / "beit3.pth")
+    pixels = 2 * pixels_of(cifar, "test", SIDE) - 1
+    with torch.no_grad():
+        expected = {0: whole(pixels).cls, 2: whole.hidden_states(pixels)[1][:, 0]}
+    for layers, rows in expected.items():
+        model = open_model(f"beit3:{tmp_path / 'beit3.pth'}", layers=layers)
+        np.testing.assert_allclose(computed(model, cifar, "test", tmp_path), rows.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_knn_command(cifar: Path, cache: Path, tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,13 +1,9 @@
 """BEiT-3 against torchscale, with files of random weights that it wrote."""
 
-import importlib.util
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,11 +13,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emkum.errors import UserError
-from emkum.models.beit3 import BEiT3, beit3_from_checkpoint
+from emkum.models.beit3 import BEiT3
+from emkum.models.beit3_checkpoints import beit3_from_checkpoint
 from emkum.weights import fingerprint
-
-VOCABULARY, WIDTH, LAYERS, SIDE, PATCH, PAD = 60, 128, 3, 32, 8, 1
-POSITIONS = 22
+from tests.models.beit3_source import (
+    LAYERS,
+    PAD,
+    PATCH,
+    POSITIONS,
+    SIDE,
+    VOCABULARY,
+    WIDTH,
+    positions_of_another_size,
+    save,
+    source_outputs,
+    torchscale_maker,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,53 +39,12 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def torchscale() -> Callable[..., nn.Module]:
-    """A function that makes torchscale's tiny BEiT-3 in eval mode, with every parameter random."""
-    pytest.importorskip("torchscale")
-    # It imports two functions that wrap layers for training in pieces, and calls neither.
-    package, stub = ModuleType("fairscale"), ModuleType("fairscale.nn")
-    package.nn = stub
-    stub.checkpoint_wrapper = stub.wrap = None
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        if importlib.util.find_spec("fairscale") is None:
-            patch.setitem(sys.modules, "fairscale", package)
-            patch.setitem(sys.modules, "fairscale.nn", stub)
-        warnings.filterwarnings("ignore", "Importing from timm.models.layers is deprecated", FutureWarning)
-        from torchscale.architecture.config import EncoderConfig
-        from torchscale.model.BEiT3 import BEiT3 as Source
-
-    def make(**changes: Any) -> nn.Module:
-        options = {
-            "vocab_size": VOCABULARY,
-            "img_size": SIDE,
-            "patch_size": PATCH,
-            "encoder_embed_dim": WIDTH,
-            "encoder_attention_heads": WIDTH // 64,
-            "encoder_ffn_embed_dim": 192,
-            "encoder_layers": LAYERS,
-            "max_source_positions": POSITIONS + 2,
-            "normalize_output": True,
-        }
-        fixed = {"multiway": True, "no_output_layer": True, "layernorm_embedding": False}
-        torch.manual_seed(0)
-        model = Source(EncoderConfig(**fixed, **(options | changes)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        return model.eval()
-
-    return make
+    return torchscale_maker()
 
 
 @pytest.fixture(scope="module")
 def source(torchscale: Callable[..., nn.Module]) -> nn.Module:
     return torchscale()
-
-
-def save(state: dict[str, Tensor], folder: Path, **more: Tensor) -> Path:
-    """As the released files are made."""
-    path = folder / "beit3.pth"
-    torch.save({"model": {f"beit3.{name}": value for name, value in state.items()} | more}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +65,6 @@ def inputs(ids: int = VOCABULARY, side: int = SIDE) -> tuple[Tensor, Tensor, Ten
     text[1, 6:] = PAD
     text[2, 3:] = PAD
     return images, text, text.eq(PAD)
-
-
-def source_outputs(source: nn.Module, **arguments: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """torchscale's normed output, and what each of its layers gave."""
-    states: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, __, output: states.append(output[0])) for layer in source.encoder.layers
-    ]
-    with torch.no_grad():
-        output = source(**arguments)["encoder_out"]
-    for hook in hooks:
-        hook.remove()
-    return output, states
 
 
 def assert_same_outputs(model: BEiT3, source: nn.Module, ids: int = VOCABULARY, side: int = SIDE) -> None:
@@ -302,15 +255,11 @@ def test_a_vocabulary_of_any_size(source: nn.Module, file: Path, caplog: pytest.
 def test_positions_of_another_image_size(
     torchscale: Callable[..., nn.Module], source: nn.Module, file: Path, side: int
 ) -> None:
-    """BEiT-3's published rule: rows of patches as an image, bicubic; three further rows as they are."""
     state = dict(source.state_dict())
-    table = state["encoder.embed_positions.A.weight"]
-    before, after = SIDE // PATCH, side // PATCH
-    image = table[3:].reshape(1, before, before, WIDTH).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(after, after), mode="bicubic", align_corners=False)
-    expected = torch.cat([table[:3], image.permute(0, 2, 3, 1).reshape(after * after, WIDTH)])
+    name = "encoder.embed_positions.A.weight"
+    expected = positions_of_another_size(state[name], SIDE // PATCH, side // PATCH)
     other = torchscale(img_size=side)
-    other.load_state_dict(state | {"encoder.embed_positions.A.weight": expected})
+    other.load_state_dict(state | {name: expected})
     model = beit3_from_checkpoint(file, image_size=side)
     assert model.image_size == side
     torch.testing.assert_close(model.encoder.embed_positions.A.weight, expected, rtol=0, atol=1e-6)

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emkum.errors import UserError
+from emkum.models.beit3 import BEiT3
 from emkum.models.builders import Targets, build_student
+from emkum.models.model_info import without_memory
 from emkum.models.student import ImageTextStudent
 
 VOCABULARY, SIDE, PAD = 30, 32, 1
@@ -72,6 +74,23 @@ def test_sizes_with_a_shared_block_and_token_types() -> None:
     assert count(model.shared_encoder) == 7_087_872 + 2 * 768
     bare = build_student({"text_encoder": "bert", "token_type_layer_scale": 0}, 30_522)
     assert count(bare.after["token_types"]) == 1_536
+
+
+def test_sizes_of_distilbeit3() -> None:
+    """The thesis gives no count. Ours are 43.32 M of images and 92.12 M of text, of which 49.15 M are its 64,002 words;
+    the 510 positions beyond the 512th, which captions never reach, would be 0.39 M more. Heads: the prediction of the
+    teacher's CLS token, and a map of each modality for contrast."""
+    options = {
+        "image_encoder": "beit3:absent.pth", "text_encoder": "beit3", "text_weights": "absent.pth",
+        "shared_kind": "none", "token_type_place": "none", "head_itc": "linear",
+    }  # fmt: skip
+    with without_memory():
+        model = build_student(options, 64_002, Targets(prediction=768), pretrained=False)
+    layers = 6 * (7_087_872 + 7_680)
+    assert count(model.image_encoder) == layers + 590_592 + 768 + 199 * 768
+    assert count(model.text_encoder) == layers + (64_002 + 514) * 768
+    assert count(model.heads) == 2 * 768 + 768 * 768 + 768 + 2 * 768 * 768
+    assert millions(model) == pytest.approx(43.32 + 92.12 + 1.77, abs=0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,6 +170,79 @@ def test_shared_block_starts_from_a_timm_model(tmp_path: Path) -> None:
     assert model.image_encoder.num_layers == 2
     for name, value in source.blocks[2].state_dict().items():
         torch.testing.assert_close(model.shared_encoder.blocks[0].state_dict()[name], value)
+
+
+@pytest.fixture
+def beit3(tmp_path: Path) -> tuple[Path, BEiT3]:
+    model = BEiT3(
+        VOCABULARY, width=128, layers=5, heads=2, ffn_width=512, image_size=SIDE, patch_size=8, max_positions=9
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    torch.save({"model": model.state_dict()}, tmp_path / "beit3.pth")
+    return tmp_path / "beit3.pth", model.eval()
+
+
+BEIT3 = {"token_type_place": "none", "text_max_positions": 9, "shared_layers": 2}
+
+
+@pytest.mark.parametrize("choice", ["first", "every_second"])
+@pytest.mark.parametrize("source", ["text", "image"])
+def test_shared_blocks_start_from_the_next_layers_of_beit3(source: str, choice: str, beit3: tuple[Path, BEiT3]) -> None:
+    """With their further norms they compute what the whole model would."""
+    file, whole = beit3
+    layers = 3 if choice == "first" else 1
+    model = student(
+        image_encoder=f"beit3:{file}",
+        text_encoder="beit3",
+        text_weights=str(file),
+        shared_init=source,
+        shared_sub_norms=True,
+        **{f"{name}_layer_choice": choice for name in ("image", "text")},
+        **{f"{name}_layers": layers for name in ("image", "text")},
+        **BEIT3,
+    )
+    assert model.text_encoder.num_layers == model.image_encoder.num_layers == layers
+    if choice == "every_second":
+        whole.encoder.layers = whole.encoder.layers[::2]
+    images, text, mask = inputs()
+    with torch.no_grad():
+        ours = model.encode_text(text, mask) if source == "text" else model.encode_image(images)
+        theirs = whole(text=text, padding_mask=mask) if source == "text" else whole(model.normalize(images))
+        # The final norm of the shared blocks is new, that of BEiT-3 has learned.
+        norm = whole.encoder.layer_norm.B if source == "text" else whole.encoder.layer_norm.A
+        expected = (theirs.tokens - norm.bias) / norm.weight
+    visible = ~mask if source == "text" else torch.ones(ours.tokens.shape[:2], dtype=torch.bool)
+    # The epsilons of the norms differ by 1e-5.
+    torch.testing.assert_close(ours.tokens[visible], expected[visible], rtol=1e-3, atol=1e-3)
+
+
+def test_what_does_not_go_together_with_beit3(beit3: tuple[Path, BEiT3]) -> None:
+    file = str(beit3[0])
+    images = BEIT3 | {"image_encoder": "beit3", "image_weights": file}
+    texts = BEIT3 | {"text_encoder": "beit3", "text_weights": file}
+    cases = {
+        "--shared-init image: that model's layers do not fit the shared block (they differ in attn.norm.bias); "
+        "--shared-sub-norms is for layers of beit3, which need it": images | {"shared_init": "image"},
+        f"--image-encoder beit3:{file}: give beit3:FILE, or beit3 and the file by --image-weights": images
+        | {"image_encoder": f"beit3:{file}", "image_weights": "other.pth"},
+        "--text-encoder beit3:: give beit3:FILE": texts | {"text_encoder": "beit3:"},
+        f"{file} has 5 layers; 6 cannot be kept": images | {"image_layers": 6},
+        "; 4 cannot be kept and 2 behind them": images
+        | {"image_layers": 4, "shared_init": "image", "shared_sub_norms": True},
+        "--image-size 36 is no multiple of --image-patch-size 8": images | {"image_size": 36},
+        "its patch size is 8, not 16": images | {"image_patch_size": 16},
+        "positions for 9 tokens of text, not for 512 (--text-max-positions)": texts | {"text_max_positions": 512},
+        "its width is 128, not 192": texts | {"student_size": "small"},
+        "--shared-init text needs --text-weights": BEIT3 | {"text_encoder": "beit3", "shared_init": "text"},
+    }
+    for said, options in cases.items():
+        with pytest.raises(UserError) as caught:
+            student(**options)
+        assert said in caught.value.message and "\n" not in caught.value.message
+    with pytest.raises(UserError, match="text embedding of 30 rows; the vocabulary needs 31"):
+        build_student({"student_size": "tiny"} | texts, VOCABULARY + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +344,7 @@ def test_masked_patches_are_replaced_by_a_learned_token() -> None:
     assert student().mask_token is None
 
 
-@pytest.mark.parametrize("encoder", ["data2vec2", "timm:test_vit"])
+@pytest.mark.parametrize("encoder", ["data2vec2", "beit3", "timm:test_vit"])
 def test_stock_and_fused_attention_agree(encoder: str) -> None:
     images, text, mask = inputs()
     fused, stock = (student(image_encoder=encoder, student_attention=kind) for kind in ("fused", "stock"))
@@ -302,7 +394,7 @@ def test_compiled_student_gives_the_same(options: dict[str, str]) -> None:
         ({"shared_width": 64, "shared_heads": 3}, "--shared-width 64 is no multiple of --shared-heads 3"),
         ({"shared_kind": "mpl"}, "--shared-kind 'mpl' is unknown; choose from blocks, mlp, none"),
         ({"shared_init": "text"}, "--shared-init text needs --text-weights"),
-        ({"text_encoder": "gpt"}, "--text-encoder 'gpt' is unknown; choose data2vec2 or bert"),
+        ({"text_encoder": "gpt"}, "--text-encoder 'gpt' is unknown; choose data2vec2, bert or beit3"),
         ({"position_kind": "rope"}, "--position-kind 'rope' is unknown; choose from mixed, learned, sincos"),
         ({"image_layer_choice": "last"}, "--image-layer-choice 'last' is unknown; choose from first, every_second"),
         ({"image_size": 33}, "--image-size 33 is no multiple of --image-patch-size 8"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emkum.data.tokenizers import load_tokenizer
 from emkum.errors import UserError
+from emkum.models.beit3 import BEiT3
 from emkum.models.builders import build_student
 from emkum.models.data2vec2 import Data2Vec2ImageEncoder, Data2Vec2TextEncoder
 from emkum.models.encoder_changes import WithAdditions
@@ -133,6 +134,45 @@ def test_data2vec2_text(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.encoder(text).tokens, encoder(text).tokens, rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def beit3(tmp_path: Path) -> tuple[Path, BEiT3]:
+    sizes = {"width": 64, "layers": 3, "heads": 1, "ffn_width": 256, "max_positions": 12}
+    model = randomized(BEiT3(20, **sizes, image_size=16, patch_size=8))
+    torch.save({"model": model.state_dict()}, tmp_path / "beit3.pth")
+    return tmp_path / "beit3.pth", model
+
+
+def test_beit3(beit3: tuple[Path, BEiT3], run_prepare: Any) -> None:
+    file, model = beit3
+    images, text = torch.randn(2, 3, 16, 16), torch.randint(5, 20, (2, 7))
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    both = load_image_encoder(f"beit3:{file}"), load_text_encoder(f"beit3:{file}")
+    with torch.no_grad():
+        got = [both[0].encoder(images).tokens, both[1].encoder(text, padding).tokens]
+        expected = [model.hidden_states(images)[-1], model.hidden_states(None, text, padding)[-1]]
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1][~padding], expected[1][~padding], rtol=0, atol=1e-5)
+    for loaded in both:
+        assert_stands_alone(loaded)
+    assert both[1].tokenizer is None and both[1].max_tokens == both[1].options["text_max_positions"] == 12
+    larger = load_image_encoder(f"beit3:{file}", image_size=32, layers=2)
+    assert (larger.encoder.image_size, larger.encoder.num_layers) == (32, 2)
+    assert_stands_alone(larger)
+    # The vocabulary beside the file, which may have fewer ids than the file has rows.
+    (file.parent / "captions.txt").write_text("\n".join("abcde fgh" for _ in range(50)))
+    vocabulary = ["--vocab-size", 14, "--layout", "sentencepiece"]
+    run_prepare("tokenizer", "--input", file.parent / "captions.txt", *vocabulary, "--out", file.parent / "spm")
+    (file.parent / "spm" / "tokenizer.model").rename(file.parent / "beit3.spm")
+    found = load_text_encoder(f"beit3:{file}")
+    words = found.encoder.embedding_parameters()[0]
+    assert 10 < found.tokenizer.vocab_size == len(words) < 20
+    assert torch.equal(words, model.text_embed.weight[: len(words)])
+    torch.save({"model": nn.Linear(2, 3).state_dict()}, file.parent / "linear.pth")
+    for load in (load_image_encoder, load_text_encoder):
+        with pytest.raises(UserError, match="linear.pth is no checkpoint of BEiT-3"):
+            load(f"beit3:{file.parent / 'linear.pth'}")
+
+
 def test_bert(tmp_path: Path, vocabulary: Path) -> None:
     transformers = pytest.importorskip("transformers")
     # More words than the vocabulary: released tables are padded so.
@@ -164,12 +204,12 @@ SMALL = {
 
 def student_run(folder: Path, vocabulary: Path, **changes: Any) -> tuple[Path, nn.Module]:
     options = SMALL | changes
-    student = randomized(build_student(options, len(WORDS), pad_index=0))
+    student = randomized(build_student(options, len(WORDS), pretrained=False, pad_index=0))
     state = {f"student.{key}": value for key, value in student.state_dict().items()}
     return run_of(folder, "image_text_student", state, options, vocabulary), student
 
 
-@pytest.mark.parametrize("encoder", ["data2vec2", "timm:test_vit"])
+@pytest.mark.parametrize("encoder", ["data2vec2", "beit3:absent.pth", "timm:test_vit"])
 def test_encoders_of_an_image_text_student(tmp_path: Path, vocabulary: Path, encoder: str) -> None:
     run, student = student_run(tmp_path / "run", vocabulary, image_encoder=encoder)
     images, text = load_image_encoder(str(run)), load_text_encoder(str(run / "checkpoint_last.pt"))

@@ -14,6 +14,7 @@ import user_dir.models.unimodal_student
 import user_dir.tasks.image_distillation  # noqa: F401
 from emkum.errors import UserError
 from emkum.layers.layer_targets import mean_of_layers
+from emkum.models.beit3 import BEiT3
 from emkum.models.data2vec2 import Data2Vec2ImageEncoder
 from emkum.models.encoder_sources import load_image_encoder
 from emkum.models.teacher_builders import build_teacher
@@ -175,6 +176,27 @@ def test_data2vec2(scenes: Path, options: dict, tmp_path: Path) -> None:
     # Distributed training wants a gradient of each parameter that learns.
     trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     assert run.gradients().keys() == trained and "encoder.blocks.0.norm2.weight" not in trained
+
+
+def test_beit3(scenes: Path, options: dict, tmp_path: Path) -> None:
+    model = BEiT3(20, width=64, layers=4, heads=1, ffn_width=256, image_size=SIDE, patch_size=8, max_positions=9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    torch.save({"model": model.state_dict()}, tmp_path / "beit3.pth")
+    changes = {"teacher": f"beit3:{tmp_path / 'beit3.pth'}", "image_layers": 2}
+    run = in_process(scenes, options, tmp_path, **changes)
+    student, teacher = layers_of(run)
+    assert len(teacher) == 4 and len(student) == 2
+    for own, theirs in zip(student, teacher, strict=False):
+        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+    run.model.train()
+    run.backward(run.batch(0, 4), 0)
+    assert run.gradients().keys() == {name for name, _ in run.model.named_parameters()}
+    cfg = run.task.cfg._get_root().model
+    assert (cfg.image_encoder, cfg.image_patch_size, cfg.student_width, cfg.image_weights) == ("beit3", 8, 64, None)
+    with pytest.raises(UserError, match="has 4 layers; 5 cannot be kept"):
+        in_process(scenes, options, tmp_path, **changes | {"image_layers": 5})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import user_dir.models.unimodal_student
 import user_dir.tasks.text_distillation
 import user_dir.tasks.text_pretraining  # noqa: F401
 from emkum.errors import UserError
+from emkum.models.beit3 import BEiT3
 from emkum.models.data2vec2 import Data2Vec2ImageEncoder
 from emkum.models.encoder_sources import load_text_encoder
 from emkum.models.teacher_builders import build_teacher
@@ -224,6 +225,40 @@ def test_a_released_bert(blocks: Path, options: dict, tmp_path: Path) -> None:
     (tmp_path / "bert" / "vocab.txt").write_text((blocks / "vocab.txt").read_text() + "further\n")
     with pytest.raises(UserError, match="have different tokenizers: prepare the text with the same one"):
         in_process(blocks, options, tmp_path, teacher=f"bert:{tmp_path / 'bert'}")
+
+
+def test_beit3(blocks: Path, run_prepare: Any, options: dict, tmp_path: Path) -> None:
+    """What it makes of text alone, on sentences of several lengths."""
+    raw = blocks.parent
+    tokenizer = ["--vocab-size", 60, "--layout", "sentencepiece"]
+    run_prepare("tokenizer", "--input", raw / "train.txt", *tokenizer, "--out", tmp_path / "spm")
+    inputs = [f"--input={name}={raw / name}.txt" for name in ("train", "valid")]
+    sizes = ["--block-size", 0, "--max-tokens", 16]
+    run_prepare(
+        "text", *inputs, "--tokenizer", tmp_path / "spm" / "tokenizer.model", *sizes, "--out", tmp_path / "data"
+    )
+    model = BEiT3(70, width=64, layers=4, heads=1, ffn_width=256, image_size=16, patch_size=8, max_positions=16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    torch.save({"model": model.state_dict()}, tmp_path / "beit3.pth")
+    changes = {"teacher": f"beit3:{tmp_path / 'beit3.pth'}", "text_dropout": 0.0, "text_attention_dropout": 0.0}
+    with pytest.raises(UserError, match="beit3: a teacher of text needs beit3.spm beside"):
+        in_process(tmp_path / "data", options, tmp_path, **changes)
+    (tmp_path / "beit3.spm").write_bytes((tmp_path / "spm" / "tokenizer.model").read_bytes())
+    run = in_process(tmp_path / "data", options, tmp_path, **changes)
+    student, teacher, padding = layers_of(run)
+    assert len(student) == 2 and len(teacher) == 4 and padding.any()
+    text = run.batch(0, 4)["net_input"]["text"]
+    with torch.no_grad():
+        whole = model.eval().hidden_states(None, text, padding)
+    for own, theirs, expected in zip(student, teacher, whole, strict=False):
+        torch.testing.assert_close(own[~padding], expected[~padding], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs[~padding], expected[~padding], rtol=1e-5, atol=1e-5)
+    run.model.train()
+    assert float(run.backward(run.batch(0, 4), 0)["loss"]) > 0.01
+    # Neither the words that the vocabulary lacks nor positions beyond the longest sentence are asked for.
+    assert run.gradients().keys() == {name for name, _ in run.model.named_parameters()}
 
 
 @pytest.mark.parametrize(
