@@ -71,6 +71,23 @@ def targets_of_views(distributions: Tensor, owners: Tensor, images: int) -> View
     return ViewTargets(sums, pairs)
 
 
+@torch.no_grad()
+def nearest_distributions(logits: Tensor, distributions: Tensor, candidates: Tensor) -> Tensor:
+    """(S,) int64, for each of the student's views the candidate with the smallest KL divergence to it.
+
+    That is D_KL(distribution || view), what the cross-entropy exceeds its minimum by. Where views are all alike,
+    whatever they are, the nearest one is no better than chance.
+
+    Args:
+        logits: (S, K) of the student's views.
+        distributions: (R, K) the teacher's.
+        candidates: (S, R) bool.
+    """
+    # Left out is the logsumexp of a view's logits, the same for all distributions.
+    scores = logits @ distributions.T + torch.special.entr(distributions).sum(1)
+    return scores.masked_fill(~candidates, float("-inf")).argmax(1)
+
+
 class PrototypeHead(nn.Module):
     """DINO's head: a 3-layer MLP, unit length, then cosines to K prototypes (a linear map whose rows have unit norm).
 
@@ -107,6 +124,10 @@ class SelfDistillation(Objective):
     The average sees the image and its captions; the student sees these and the image's further crops. The loss is the
     mean over all pairs of an average's and a student's view of one image that are not the same view. The average has a
     head of its own, which follows the student's, and the center of its logits over all ranks, both once an update.
+
+    Accuracies are across modalities, where no view meets itself: how many of the student's images and crops are nearest
+    to what the average makes of a caption of theirs, among all captions, and how many captions to that of their image.
+    These are of this rank's batch, as distributions are too large to be gathered.
     """
 
     center: Tensor
@@ -147,13 +168,14 @@ class SelfDistillation(Objective):
             teacher_logits = self.average_head.module(seen)
             distributions = teacher_distributions(teacher_logits, self.center, self.teacher_temperature)
             targets = targets_of_views(distributions, torch.cat(owners), images)
+            view_ids = batch.image_ids[torch.cat(owners)]
         logits = self.head(torch.cat(views), freeze_prototypes=self._frozen) / self.config.temperature
         losses = F.cross_entropy(logits, targets.sums, reduction="none")
         if self.training:
             self._add_to_center(teacher_logits)
-        entropy = torch.special.entr(distributions).sum(1).mean()
         loss = losses.sum() / targets.pairs.sum().clamp(min=1)
-        return ObjectiveOutput(loss, self._metrics(logits, losses, targets, len(seen), images, entropy))
+        metrics = self._metrics(logits.detach(), losses.detach(), targets.pairs, distributions, view_ids, images)
+        return ObjectiveOutput(loss, metrics)
 
     def begin_update(self, num_updates: int, decay: float) -> None:
         self.average_head.follow(self.head, num_updates, decay)
@@ -179,19 +201,25 @@ class SelfDistillation(Objective):
 
     @staticmethod
     def _metrics(
-        logits: Tensor, losses: Tensor, targets: ViewTargets, seen: int, images: int, entropy: Tensor
+        logits: Tensor, losses: Tensor, pairs: Tensor, distributions: Tensor, view_ids: Tensor, images: int
     ) -> dict[str, Tensor]:
-        """Losses of pairs, and how many views are likeliest of the prototype that their targets are, in percent.
+        """Losses of pairs and accuracies of the student's images and crops, and of its captions.
 
         Args:
-            logits: (S, K), first of images, then of captions up to `seen`, then of crops.
-            losses: (S,), summed over pairs.
+            logits: (S, K), first of images, then of captions up to R, then of crops.
+            losses: (S,), summed over pairs. pairs: (S,).
+            distributions: (R, K), of images, then of captions.
+            view_ids: (S,), whose image each view is of.
         """
-        agreeing = (logits.detach().argmax(1) == targets.sums.argmax(1)).float()
-        is_text = torch.zeros_like(agreeing, dtype=torch.bool)
+        seen = len(distributions)
+        is_text = torch.zeros_like(view_ids, dtype=torch.bool)
         is_text[images:seen] = True
-        metrics = {"teacher_entropy": entropy}
+        candidates = is_text[:, None] != is_text[None, :seen]
+        positives = candidates & (view_ids[:, None] == view_ids[None, :seen])
+        right = positives.gather(1, nearest_distributions(logits, distributions, candidates)[:, None])[:, 0]
+        metrics = {"teacher_entropy": torch.special.entr(distributions).sum(1).mean()}
         for name, chosen in (("image", ~is_text), ("text", is_text)):
-            metrics[f"{name}_loss"] = (chosen * losses.detach()).sum() / (chosen * targets.pairs).sum().clamp(min=1)
-            metrics[f"{name}_agreement"] = 100 * (chosen * agreeing).sum() / chosen.sum()
+            metrics[f"{name}_loss"] = (chosen * losses).sum() / (chosen * pairs).sum().clamp(min=1)
+            # An image without captions cannot be right.
+            metrics[f"{name}_accuracy"] = 100 * (chosen & right).sum() / (chosen & positives.any(1)).sum().clamp(min=1)
         return metrics

@@ -106,6 +106,63 @@ def test_dino_against_the_published_loop(updates: int, temperature: float, crops
         torch.testing.assert_close(one, other, **EXACT)
 
 
+def naive_accuracies(
+    objective: Objective, student: StudentOutput, batch: Batch, temperature: float
+) -> dict[str, float]:
+    """Each of the student's views against all that the average sees of the other modality, one KL divergence each."""
+    owners = {"image": batch.image_ids.tolist(), "text": batch.image_ids[batch.caption_image].tolist()}
+    targets: dict[str, list[Tensor]] = {}
+    for name in owners:
+        features = getattr(student.average, name).tokens[:, 0]
+        logits = [naive_head(objective.average_head.module, x) - objective.center for x in features]
+        targets[name] = [softmax(row / temperature).detach() for row in logits]
+    views = {"image": [*student.image.tokens[:, 0]], "text": [*student.text.tokens[:, 0]]}
+    view_owners = dict(owners)
+    if objective.config.crops:
+        views["image"] += [*student.crops.tokens[:, 0]]
+        view_owners["image"] = 3 * owners["image"]
+    figures = {}
+    for name, other in (("image", "text"), ("text", "image")):
+        right = []
+        for view, owner in zip(views[name], view_owners[name], strict=True):
+            p = softmax(naive_head(objective.head, view).detach() / STUDENT_TEMPERATURE)
+            divergences = [(q * (q.log() - p.log())).sum().item() for q in targets[other]]
+            if owner in owners[other]:
+                right.append(owners[other][divergences.index(min(divergences))] == owner)
+        figures[f"{name}_accuracy"] = 100 * sum(right) / len(right)
+    return figures
+
+
+def views_alike(student: StudentOutput, batch: Batch) -> StudentOutput:
+    """All views of one image have something in common, also where the batch holds the image twice."""
+    generator = torch.Generator().manual_seed(3)
+    common = 9 * torch.randn(len(batch.image_ids), 1, SETTING.width, generator=generator, dtype=torch.float64)
+    common = common[batch.image_ids]
+    image = replace(student.image, tokens=student.image.tokens + common)
+    text = replace(student.text, tokens=student.text.tokens + common[batch.caption_image])
+    crops = replace(student.crops, tokens=student.crops.tokens + common.repeat(2, 1, 1))
+    average = student.average
+    average = StudentOutput(
+        replace(average.image, tokens=average.image.tokens + common),
+        replace(average.text, tokens=average.text.tokens + common[batch.caption_image]),
+    )
+    return replace(student, image=image, text=text, crops=crops, average=average)
+
+
+@pytest.mark.parametrize("crops", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_accuracies_against_a_loop(seed: int, crops: bool) -> None:
+    student, teacher, batch = shuffled_case(seed)
+    objective = build(crops=crops)
+    objective.average_head.module.load_state_dict(objective.head.state_dict())
+    for case in (student, views_alike(student, batch)):
+        found = objective(case, teacher, batch).metrics
+        wanted = naive_accuracies(objective, case, batch, 0.04)
+        assert {name: found[name].item() for name in wanted} == pytest.approx(wanted, rel=1e-6)
+    # By chance one or two of 8 are right.
+    assert min(wanted.values()) > 50
+
+
 def test_dino_in_float32() -> None:
     student, teacher, batch = shuffled_case()
     objective = build()
@@ -135,7 +192,8 @@ def test_images_may_differ_in_their_number_of_captions() -> None:
     average = replace(student.average, text=converted(student.average.text, lambda tensor: tensor[rows]))
     student, _ = with_gradients(replace(student, text=text, average=average))
     objective = build(crops=False)
-    out = objective(student, teacher, Batch(torch.arange(2), torch.tensor([1])))
+    batch = Batch(torch.arange(2), torch.tensor([1]))
+    out = objective(student, teacher, batch)
     target = {}
     for name in ("image", "text"):
         features = getattr(student.average, name).tokens[-1, 0]
@@ -145,6 +203,9 @@ def test_images_may_differ_in_their_number_of_captions() -> None:
         for other, view in (("text", student.image.tokens[1, 0]), ("image", student.text.tokens[0, 0]))
     ]
     torch.testing.assert_close(out.loss, sum(losses) / 2, **EXACT)
+    # An image without captions cannot be right, and is not counted; the caption has two images to choose from.
+    assert out.metrics["image_accuracy"] == 100
+    assert out.metrics["text_accuracy"].item() == naive_accuracies(objective, student, batch, 0.04)["text_accuracy"]
     out.loss.backward()
     assert (student.image.tokens.grad[0] == 0).all()
 
@@ -246,26 +307,38 @@ def test_a_run_goes_on_from_a_checkpoint() -> None:
     assert losses[0] == losses[1]
 
 
-def test_metrics_of_a_student_that_agrees() -> None:
-    """All views alike: student and teacher name the same prototype. Features that say nothing: the entropy is log K."""
+@pytest.mark.parametrize("strength", [0.0, 1e-9])
+def test_accuracy_of_views_that_are_all_alike_is_chance(strength: float) -> None:
+    """One prototype for all, which is all that agreement would ask for, says nothing about whose a view is."""
+    student, teacher, batch = shuffled_case()
+    objective = build()
+    objective.average_head.module.load_state_dict(objective.head.state_dict())
+    objective.center.zero_()
+    generator = torch.Generator().manual_seed(1)
+
+    def flat(tensor: Tensor) -> Tensor:
+        return 1 + strength * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+    out = objective(converted(student, flat), teacher, batch)
+    # All are nearest to the same one, and the image that the batch holds twice is 2 of 8.
+    assert out.metrics["image_accuracy"] <= 25 and out.metrics["text_accuracy"] <= 25
+    assert out.metrics["teacher_entropy"] < math.log(PROTOTYPES) - 0.1
+    objective.center.copy_(objective.average_head.module(torch.ones(1, SETTING.width, dtype=torch.float64))[0])
+    entropy = objective(converted(student, torch.ones_like), teacher, batch).metrics["teacher_entropy"]
+    assert entropy.item() == pytest.approx(math.log(PROTOTYPES), rel=1e-6)
+
+
+def test_losses_tell_images_from_captions() -> None:
     objective = build()
     objective.average_head.module.load_state_dict(objective.head.state_dict())
     objective.center.zero_()
     student, teacher, batch = shuffled_case()
-    student = converted(student, lambda tensor: torch.ones_like(tensor))
-    out = objective(student, teacher, batch)
-    assert out.metrics["image_agreement"] == out.metrics["text_agreement"] == 100
-    assert out.metrics["teacher_entropy"] < math.log(PROTOTYPES) - 0.1
-    # The captions alone are at the opposite end.
-    opposite = replace(student.text, tokens=-student.text.tokens)
+    student = converted(student, torch.ones_like)
     with torch.no_grad():
         for layer in objective.head.layers[::2]:
             layer.bias.zero_()
-        wrong = objective(replace(student, text=opposite), teacher, batch)
-    assert wrong.metrics["text_agreement"] == 0 and wrong.metrics["text_loss"] > wrong.metrics["image_loss"]
-    objective.center.copy_(objective.average_head.module(torch.ones(1, SETTING.width, dtype=torch.float64))[0])
-    entropy = objective(student, teacher, batch).metrics["teacher_entropy"]
-    assert entropy.item() == pytest.approx(math.log(PROTOTYPES), rel=1e-6)
+        wrong = objective(replace(student, text=replace(student.text, tokens=-student.text.tokens)), teacher, batch)
+    assert wrong.metrics["text_loss"] > wrong.metrics["image_loss"]
 
 
 def test_validation_may_do_without_crops() -> None:

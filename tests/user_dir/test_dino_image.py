@@ -57,7 +57,7 @@ def test_the_log_tells_of_a_collapse(run: tuple) -> None:
     assert 0.01 < float(records[-1]["teacher_entropy"]) < 3.178
     # At first all crops look alike, until the center tells them apart.
     assert float(records[0]["loss"]) < float(records[-1]["loss"]) < 4
-    assert {"valid_loss", "valid_agreement"} <= logged(run[1], "valid")[-1].keys()
+    assert {"valid_loss", "valid_accuracy"} <= logged(run[1], "valid")[-1].keys()
 
 
 def test_resuming_equals_an_uninterrupted_run(run: tuple, scenes: Path, tmp_path: Path) -> None:

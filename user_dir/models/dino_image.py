@@ -105,8 +105,9 @@ class DinoImageModel(UpdatingModel):
             views: (B, 3, S, S) uint8 each, crops of the same B images; the average sees the first two alone.
 
         Returns:
-            losses: cross-entropy by name, a mean over pairs of views. logs: agreement, how many of the student's views
-            are likeliest of the prototype that the average's are (percent), and the entropy of what the average gives.
+            losses: cross-entropy by name, a mean over pairs of views. logs: accuracy, how many of the student's first
+            and further views are nearest to the average's second view of their image, among those of the batch
+            (percent), and the entropy of what the average gives.
         """
         images = len(views[0])
         prepare_attention(self, self.autocast, views[0].device, self.fused_attention)
@@ -117,7 +118,7 @@ class DinoImageModel(UpdatingModel):
             student = _features(self._backbone(), pixels)
         rows = torch.arange(images, device=pixels.device)
         output = self.objective(_output(student, images, _output(average, images)), None, Batch(rows, rows))
-        logs = {"agreement": output.metrics["image_agreement"], "teacher_entropy": output.metrics["teacher_entropy"]}
+        logs = {"accuracy": output.metrics["image_accuracy"], "teacher_entropy": output.metrics["teacher_entropy"]}
         return {"losses": {"dino": output.loss}, "logs": logs}
 
     def begin_update(self, num_updates: int) -> None:
