@@ -44,19 +44,30 @@ class ImageTextModel:
         self.max_tokens = max_tokens
         self.device = torch.device(device)
 
-    @torch.inference_mode()
     def encode_image(self, images: Sequence[Image.Image], batch_size: int = 128) -> Tensor:
         """PIL images to unit vectors (n, D), float32 on the CPU."""
-        parts = []
-        for chunk in _chunks(images, batch_size):
-            batch = torch.stack([self._crop(image) for image in chunk]).to(self.device)
-            parts.append(F.normalize(self.student.encode_image(batch).features.float(), dim=-1).cpu())
+        chunks = _chunks(images, batch_size)
+        parts = [self.encode_crops(torch.stack([self._crop(image) for image in chunk])) for chunk in chunks]
         return torch.cat(parts) if parts else self._empty()
 
-    @torch.inference_mode()
+    # Not in inference mode: a student may be scored between updates, and what its modules keep must serve those too.
+    @torch.no_grad()
+    def encode_crops(self, crops: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8, centered crops of the model's image size, to unit vectors (B, D), float32 on the CPU."""
+        features = self.student.encode_image(crops.to(self.device)).features
+        return F.normalize(features.float(), dim=-1).cpu()
+
     def encode_text(self, texts: Sequence[str], batch_size: int = 512) -> Tensor:
         """Captions to unit vectors (n, D), float32 on the CPU."""
-        tokens = [encode(self.tokenizer, text, self.max_tokens) for text in texts]
+        return self.encode_tokens(self.tokenize(texts), batch_size)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption, special ones included, cut to the longest caption."""
+        return [encode(self.tokenizer, text, self.max_tokens) for text in texts]
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Sequence[list[int]], batch_size: int = 512) -> Tensor:
+        """What `tokenize` gives to unit vectors (n, D), float32 on the CPU."""
         # Similar lengths together: little padding. The order is restored below.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         parts = []

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from emkum.commands import evaluate_images, finetune
+from emkum.commands import evaluate_images, evaluate_zero_shot, finetune
 from emkum.provenance import write_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     retrieval.add_argument("--json", help="also write the figures to this file")
     retrieval.add_argument("--batch-size", type=int, default=128, help="images encoded at once (default: %(default)s)")
     retrieval.set_defaults(run=run_retrieval)
+    evaluate_zero_shot.add_parser(kinds)
     evaluate_images.add_parser(kinds)
     finetune.add_parser(kinds)
 

@@ -7,24 +7,20 @@ says what they depend on. The latter is written last: where it is, the features 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from emkum.commands.feature_models import FeatureModel
-from emkum.data.decoding import BadImage
+from emkum.data.crops import centered_crops
 from emkum.data.labels import assert_learnable, read_class_names, read_labels
 from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples, available_splits, open_split
-from emkum.data.transforms import ImageTransform, crop_rows, stack_crops
-from emkum.data.worker_memory import hand_over
 from emkum.errors import UserError
 from emkum.files import replaced_file
 from emkum.provenance import write_json
@@ -101,44 +97,6 @@ def _test_split(data_dir: str | Path, wanted: str) -> str:
     return found[0]
 
 
-class CropBatches(Dataset):
-    """Batches of centered crops, one an item, in the order of a split.
-
-    Args:
-        samples: the split.
-        size: side of the crops in pixels.
-        batch_size: images.
-    """
-
-    def __init__(self, samples: ShardedSamples, size: int, batch_size: int) -> None:
-        self.samples = samples
-        self.transform = ImageTransform(size)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
-
-    def __getitem__(self, number: int) -> Tensor | UserError:
-        """(B, 3, S, S) uint8. What is wrong with the data is returned, not raised: a data loader's process would end
-        without handing it on."""
-        start = number * self.batch_size
-        positions = range(start, min(start + self.batch_size, len(self.samples)))
-        try:
-            rows = crop_rows(len(positions), self.transform.size)
-            return stack_crops([self._crop(*pair) for pair in zip(positions, rows, strict=True)])
-        except UserError as error:
-            return error
-
-    def _crop(self, position: int, row: Any) -> Tensor:
-        sample = self.samples[position]
-        try:
-            return self.transform.views(sample.image, (self.transform.size,), row=row)[0]
-        except BadImage as error:
-            raise UserError(
-                f"{self.samples.directory}: sample {position} ({sample.key}) has no usable image: {error}"
-            ) from None
-
-
 def default_workers() -> int:
     """Decoding processes: one, with a GPU most of the cores."""
     return min(_MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1)) if torch.cuda.is_available() else 1
@@ -171,8 +129,7 @@ def split_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_description(path.with_suffix(".json"), text):
-            crops = CropBatches(samples, model.image_size, batch_size)
-            batches = DataLoader(crops, batch_size=None, collate_fn=hand_over, num_workers=workers)
+            batches = centered_crops(samples, model.image_size, batch_size, workers)
             _write(path, len(samples), _computed(model, batches, samples))
             write_json(path.with_suffix(".json"), description)
         return _read(path, len(samples))
@@ -188,13 +145,11 @@ def _is_description(path: Path, text: str) -> bool:
         return False
 
 
-def _computed(model: FeatureModel, batches: DataLoader, samples: ShardedSamples) -> Iterator[np.ndarray]:
+def _computed(model: FeatureModel, batches: Iterable[Tensor], samples: ShardedSamples) -> Iterator[np.ndarray]:
     """(B, D) float32 of batch after batch; shows its progress."""
     done = 0
     with tqdm(total=len(samples), desc=f"features of {samples.directory.name}", unit="image", disable=None) as progress:
         for images in batches:
-            if isinstance(images, UserError):
-                raise images
             features = model.extract(images).float().cpu()
             finite = features.isfinite().all(dim=1)
             if not bool(finite.all()):

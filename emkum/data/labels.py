@@ -26,7 +26,12 @@ _MAKERS = "`emkum prepare` makes sets with classes of cifar10, cifar100, imagene
 
 
 def read_class_names(folder: str | Path) -> list[str]:
-    """Names of a prepared set's classes, by label.
+    """Names of a prepared set's classes, by label; raises as `read_classes` does."""
+    return read_classes(folder)["class_name"]
+
+
+def read_classes(folder: str | Path) -> dict[str, list[Any]]:
+    """What a prepared set says of its classes: lists by label, `class_name` among them.
 
     Raises:
         UserError: the set has no classes, or no list of two or more of them.
@@ -41,7 +46,7 @@ def read_class_names(folder: str | Path) -> list[str]:
     names = content.get("class_name") if isinstance(content, dict) else None
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path} lists no two classes: want {{"class_name": ["cat", "dog"]}}, in the order of labels')
-    return names
+    return {key: values for key, values in content.items() if isinstance(values, list) and len(values) == len(names)}
 
 
 def read_labels(samples: MixedSamples, num_classes: int) -> np.ndarray:

@@ -16,7 +16,7 @@ CONSTANT = 1e-4
 _CHUNK = 4096
 
 
-def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
+def label_ranks(logits: Tensor, labels: Tensor, tie: float = 0.0) -> Tensor:
     """(B,) int64, for each image how many wrong classes are at least as likely as the right one.
 
     So ties count against the model, and a classifier that says the same of every class is never right. A wrong class
@@ -25,6 +25,7 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (B, C) real.
         labels: (B,) integers in 0..C-1.
+        tie: logits that differ by no more than this are equally likely.
 
     Raises:
         ValueError: shapes that do not fit each other, or a label out of range.
@@ -36,7 +37,7 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
     right = logits.gather(1, labels.long()[:, None])
     # Written as "not below", so that NaN, which compares as False, counts against the model. The right class is not
     # below itself either.
-    ranks = (~(logits < right)).sum(dim=1) - 1
+    ranks = (~(logits < right - tie)).sum(dim=1) - 1
     return ranks.masked_fill(right.isnan()[:, 0], torch.iinfo(torch.int64).max)
 
 

@@ -83,7 +83,7 @@ def retrieval_examples(
                     right = [row == int(caption_image[query]) for row in ranked]
                     _text_query(figure, grid, at + offset, captions[query], [images[row] for row in ranked], right)
             at += 1 + len(block)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def loss_curves(
@@ -122,7 +122,7 @@ def loss_curves(
             _curves(axes, histories, key)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=entries, handlelength=2.8, frameon=False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _heading(figure: Figure, grid: GridSpec, row: int, direction: str) -> None:
@@ -218,7 +218,7 @@ def _curves(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], 
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | Path) -> list[Path]:
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     """Writes `path`.png and `path`.svg, each whole or not at all."""
     path = Path(path)
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path

@@ -25,6 +25,12 @@ def test_ranks_by_hand() -> None:
     assert accuracy == pytest.approx({"top_1": 20.0, "top_2": 60.0, "top_3": 100.0})
 
 
+def test_what_differs_by_less_than_a_tie_counts_against_the_model() -> None:
+    logits, labels = torch.tensor([[0.5, 0.25, 0.0], [0.5, 0.375, 0.0], [0.25, 0.5, 0.0]]), torch.zeros(3).long()
+    assert label_ranks(logits, labels, tie=0.125).tolist() == [0, 1, 1]
+    assert label_ranks(logits, labels).tolist() == [0, 0, 1]
+
+
 def test_accuracy_equals_its_definition() -> None:
     rng = np.random.default_rng(0)
     # Few values, so that there are many ties.

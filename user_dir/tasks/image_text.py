@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from omegaconf import open_dict
+from omegaconf import II, open_dict
 
 from emkum.data.augment import Augment, AugmentConfig, generator, seeded
 from emkum.data.image_text import CaptionConfig, ImageTextDataset, MultiCropConfig, collate
@@ -34,6 +34,7 @@ from ..config import flat_dataclass
 from ..datasets import EpochDataset
 from ..meters import FeatureChunk, RetrievalScores
 from ..prepared_data import PreparedDataConfig, PreparedDataTask
+from ..zero_shot import ZeroShotConfig, ZeroShotScores
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ TASK_PARTS = {
     "text_mask": TextMaskingConfig,
     "patch_mask": PatchMaskingConfig,
     "teacher": TeacherConfig,
+    "zero_shot": ZeroShotConfig,
 }
 
 
@@ -58,6 +60,8 @@ class _Base(PreparedDataConfig):
     data_fraction: float = field(
         default=1.0, metadata={"help": "part of each folder's training images to use, the same ones in each epoch"}
     )
+    batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
+    num_workers: int = II("dataset.num_workers")
 
 
 ImageTextConfig = flat_dataclass("ImageTextConfig", TASK_PARTS, base=_Base)
@@ -89,6 +93,7 @@ class ImageTextTask(PreparedDataTask):
         self.teacher_tokenizer = None
         self.image_size = 0
         self.retrieval = RetrievalScores()
+        self.zero_shot_config = parts["zero_shot"]
         # Of the token types' LayerScale, at the beginning of a validation.
         self._scales: dict[str, float] = {}
 
@@ -102,6 +107,12 @@ class ImageTextTask(PreparedDataTask):
         if "train" not in available_splits(self.folders[0]):
             return 0
         return len(self.open_samples("train", fraction=self.cfg.data_fraction))
+
+    @cached_property
+    def zero_shot(self) -> ZeroShotScores | None:
+        """Scores of a set with classes; None without `--zero-shot-data`. Opened with the first split: a checkpoint is
+        loaded without it."""
+        return ZeroShotScores.build(self.zero_shot_config, self.tokenizer, self.captions.max_tokens)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         names = parse_objectives(cfg.objectives)
@@ -189,6 +200,8 @@ class ImageTextTask(PreparedDataTask):
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         samples = self.open_samples(split, fraction=self.cfg.data_fraction)
         training = split == "train"
+        if self.zero_shot is not None:
+            logger.info("zero-shot classification: %s", self.zero_shot)
         if training and self.captions.per_image == 0 and world_size() > 1:
             raise UserError(
                 "--caption-per-image 0: on several devices batches need equal numbers of captions; give one"
@@ -269,8 +282,17 @@ class ImageTextTask(PreparedDataTask):
             sample["split"], [FeatureChunk(*(p.cpu() for p in rank)) for rank in zip(*parts, strict=True)]
         )
 
+    def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> tuple:
+        output = super().valid_step(sample, model, criterion)
+        # Once a validation, however many sets it has; all devices have the same number of batches.
+        if self.zero_shot is not None and self.zero_shot.figures is None:
+            self.zero_shot.score(model.student, self.image_size, self.cfg.batch_size_valid, self.cfg.num_workers)
+        return output
+
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         self.retrieval.start("")
+        if self.zero_shot is not None:
+            self.zero_shot.figures = None
         types = [layer for layer in model.student.modules() if isinstance(layer, TokenTypes)]
         found = types[0].scale_statistics() if types else {}
         self._scales = {name: float(value) for name, value in found.items()}
@@ -279,5 +301,7 @@ class ImageTextTask(PreparedDataTask):
         super().reduce_metrics(logging_outputs, criterion)
         if not criterion.training:
             self.retrieval.log(metrics)
+            if self.zero_shot is not None:
+                self.zero_shot.log(metrics)
             for name, value in self._scales.items():
                 metrics.log_scalar(f"token_type_scale_{name}", value, weight=0, round=6)
