@@ -132,3 +132,16 @@ class ObjectiveOutput:
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class PairScores:
+    """How similar each image and each caption are, the higher the more.
+
+    Attributes:
+        image_to_text: (B, T), as an image's candidates are compared.
+        text_to_image: (B, T), as a caption's candidates are.
+    """
+
+    image_to_text: Tensor
+    text_to_image: Tensor

@@ -1,4 +1,4 @@
-"""`emkum bench`: how fast data is read and a student trained, and how much memory that and an index take."""
+"""`emkum bench`: how fast data is read, a student trained and retrieval scored, and how much memory that takes."""
 
 import argparse
 import shlex
@@ -28,6 +28,7 @@ def add_parser(commands: Any) -> None:
     index.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     index.set_defaults(run=run_index)
     _add_student_parser(kinds)
+    _add_retrieval_parser(kinds)
 
 
 def _add_data_parser(kinds: Any) -> None:
@@ -114,6 +115,28 @@ def _add_student_parser(kinds: Any) -> None:
     student.set_defaults(run=run_student)
 
 
+def _add_retrieval_parser(kinds: Any) -> None:
+    retrieval = kinds.add_parser(
+        "retrieval",
+        help="time and memory of scoring retrieval",
+        description="Score retrieval both ways over random features, on the CPU: as `emkum evaluate retrieval` does, "
+        "by the best 10 of the whole matrix of similarities, and, where it is installed, by faiss's exact index. Each "
+        "runs in a process of its own. Time is without imports and without making the features; peak memory is the "
+        "whole process's, and the first line is what it is without any scoring.",
+        epilog="example: OMP_NUM_THREADS=1 emkum bench retrieval --images 5000 --captions 25000 --dim 768",
+    )
+    for name, default, words in (
+        ("images", 5000, ""),
+        ("captions", 25000, "of all images together "),
+        ("dim", 768, "channels of a feature "),
+    ):
+        retrieval.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{words}(default: %(default)s)"
+        )
+    retrieval.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    retrieval.set_defaults(run=run_retrieval)
+
+
 def run_data(args: argparse.Namespace) -> None:
     for option in ("image_size", "batch_size", "seconds", "rounds", "images"):
         if getattr(args, option) <= 0:
@@ -169,6 +192,20 @@ def run_student(args: argparse.Namespace) -> None:
             write_json(args.json, record)
         except OSError as error:
             raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from None
+
+
+def run_retrieval(args: argparse.Namespace) -> None:
+    # As many candidates as the best of them are looked for.
+    for option, least in (("images", 10), ("captions", args.images), ("dim", 1)):
+        if getattr(args, option) < least:
+            raise UserError(f"--{option} {getattr(args, option)}: want {least} or more")
+    from emkum.commands.bench_retrieval import format_report, measure
+
+    figures, machine = measure(args.images, args.captions, args.dim), describe_machine()
+    print(format_report(figures, machine, args.images, args.captions, args.dim))
+    if args.json:
+        settings = {name: getattr(args, name) for name in ("images", "captions", "dim")}
+        write_json(args.json, {"variants": figures, "settings": settings, "machine": machine})
 
 
 def _student_command(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emkum.commands import evaluate_images, evaluate_zero_shot, finetune
+from emkum.errors import UserError
 from emkum.provenance import write_json
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from emkum.checkpoint import ImageTextModel
     from emkum.data.shards import ShardedSamples
 
+LATE_INTERACTION = "late_interaction"
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="evaluate a trained student or an encoder")
@@ -20,8 +23,9 @@ def add_parser(commands: Any) -> None:
     retrieval = kinds.add_parser(
         "retrieval",
         help="image-text retrieval, both directions",
-        description="Recall at 1, 5 and 10 in percent, images to captions and captions to images, over a whole split. "
-        "All captions of an image count; ties count against the model.",
+        description="Recall at 1, 5 and 10 in percent, and the median rank, images to captions and captions to images, "
+        "over a whole split. All captions of an image count; ties count against the model. Further figures are in "
+        "--json; docs/evaluation.md says what each of them is.",
         epilog="example: emkum evaluate retrieval --checkpoint runs/flickr8k --data data/flickr8k --split valid",
     )
     retrieval.add_argument("--checkpoint", required=True, help="checkpoint file, or a run's folder for its best one")
@@ -29,6 +33,21 @@ def add_parser(commands: Any) -> None:
     retrieval.add_argument("--split", default="test", help="split to score (default: %(default)s)")
     retrieval.add_argument("--json", help="also write the figures to this file")
     retrieval.add_argument("--batch-size", type=int, default=128, help="images encoded at once (default: %(default)s)")
+    retrieval.add_argument(
+        "--scores",
+        choices=("cls", LATE_INTERACTION),
+        default="cls",
+        help="what is compared: features of the CLS tokens, or patches and tokens one by one, for students trained "
+        "with the objective cmli (default: %(default)s)",
+    )
+    retrieval.add_argument(
+        "--rerank",
+        choices=("itm",),
+        help="order each query's best candidates anew by whether they match, for students trained with this objective",
+    )
+    retrieval.add_argument(
+        "--rerank-k", type=int, default=16, metavar="K", help="candidates that are ordered anew (default: %(default)s)"
+    )
     retrieval.set_defaults(run=run_retrieval)
     evaluate_zero_shot.add_parser(kinds)
     evaluate_images.add_parser(kinds)
@@ -66,18 +85,28 @@ def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size:
 
 
 def run_retrieval(args: argparse.Namespace) -> None:
+    if args.rerank_k < 1:
+        raise UserError(f"--rerank-k {args.rerank_k}: want 1 or more")
     import torch
 
     from emkum.checkpoint import load
+    from emkum.commands.retrieval_inputs import compare_split, objectives_for
     from emkum.data.shards import open_split
-    from emkum.evaluation.report import retrieval_table
-    from emkum.evaluation.retrieval import chance_recall, recall_metrics
+    from emkum.evaluation.report import rank_summary, retrieval_table
+    from emkum.evaluation.retrieval import average_median_rank, chance_recall, retrieval_metrics
 
     samples = open_split(args.data, args.split)
-    model = load(args.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    encoded = encode_split(model, samples, args.batch_size)
-    metrics = recall_metrics(encoded.images, encoded.texts, encoded.caption_image)
-    chance = chance_recall(len(samples), encoded.caption_image)
+    if len(samples) == 0:
+        raise UserError(f"split {args.split} of {args.data} has no images")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.checkpoint, device, objectives_for(args.scores, args.rerank))
+    compared = compare_split(model, samples, args.scores, args.rerank, args.rerank_k, args.batch_size)
+    pairs = compared.score, compared.caption_image, len(samples)
+    metrics = retrieval_metrics(*pairs, reranking=compared.reranking)
+    metrics |= average_median_rank(*pairs, reranking=compared.reranking)
+    chance = chance_recall(len(samples), compared.caption_image)
     print(retrieval_table({"chance": chance, str(args.checkpoint): metrics}))
+    print(rank_summary(metrics))
     if args.json:
-        write_json(args.json, metrics)
+        protocol = {"scores": args.scores, "rerank": args.rerank, "split": args.split}
+        write_json(args.json, metrics | protocol | ({"rerank_k": args.rerank_k} if args.rerank else {}))

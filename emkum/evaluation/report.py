@@ -55,6 +55,23 @@ def retrieval_table(results: Mapping[str, Mapping[str, Any]], markdown: bool = F
     return format_table([{"name": name, **results[name]} for name in names], RETRIEVAL_COLUMNS, markdown=markdown)
 
 
+def rank_summary(metrics: Mapping[str, Any]) -> str:
+    """Two lines to stand below `retrieval_table`.
+
+    Args:
+        metrics: of `retrieval_metrics` and `average_median_rank`.
+    """
+
+    def both(figure: str) -> str:
+        return f"i2t {metrics[f'i2t_{figure}']:.1f}, t2i {metrics[f't2i_{figure}']:.1f}"
+
+    drawn = f"{metrics['average_median_rank_draws']} x {metrics['average_median_rank_images']:,} pairs"
+    return (
+        f"median rank: {both('median_rank')}; mean rank: {both('mean_rank')}\n"
+        f"average median rank of {drawn}: {both('average_median_rank')}"
+    )
+
+
 def _cell(value: Any, decimals: int, markdown: bool) -> str:
     if value is None:
         return "-"

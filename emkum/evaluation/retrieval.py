@@ -1,11 +1,11 @@
-"""Image-text retrieval over a whole evaluation set: recall, its chance level, and nearest neighbors.
+"""Image-text retrieval over a whole evaluation set: recall, ranks, chance level, and nearest neighbors.
 
 N images, T captions, D channels; `caption_image` holds for each caption the row of its image.
 
 Recall@k, after Karpathy & Fei-Fei (2015), "Deep Visual-Semantic Alignments for Generating Image Descriptions",
 section 4.1: the percentage of queries for which something right stands among the first k candidates of the whole
 set. Image to text, the best ranked of the image's own captions (five in Flickr and COCO) counts; text to image, the
-caption's one image.
+caption's one image. Ranks begin at 1.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Cosines of equal pairs differ by some units of the last place, depending on where in a matrix product they stand.
-# What is closer than this is a tie, so that a collapsed model scores 0 and blocks of any size give one result.
-TIE = 1e-6
+from emkum.evaluation.pair_scores import Rows, Score, cosine_scores, cosines
+from emkum.evaluation.ranks import NEVER, Reranking, find_ranks
+from emkum.outputs import PairScores
 
 Array = Tensor | np.ndarray
 
@@ -42,38 +42,113 @@ def recall_metrics(
     text_features: Array,
     caption_image: Array | Sequence[int],
     ks: Sequence[int] = (1, 5, 10),
-    block: int = 1024,
+    block: int = 256,
 ) -> dict[str, float]:
-    """Recall@k both ways over one evaluation set.
-
-    Ties count against the model: the rank of the right candidate is the number of wrong ones that are at least as
-    similar. A query or a right candidate that holds NaN is a miss, and a wrong candidate that holds NaN is one more
-    ahead of the right one. Images without a caption stand among the candidates of
-    text-to-image retrieval but are no queries of image-to-text retrieval.
+    """`retrieval_metrics` by the cosine of features.
 
     Args:
         image_features: (N, D), normalized here.
         text_features: (T, D), normalized here.
         caption_image: (T,) integers in 0..N-1, the row of each caption's image.
         ks: how many candidates a query may look at.
-        block: queries compared at once; bounds the memory and leaves the result alone.
-
-    Returns:
-        `i2t_r{k}`, `t2i_r{k}` for each k and `mean_recall`, their plain mean, in percent; `num_images` (N),
-        `num_captions` (T).
+        block: images compared with all captions at once; bounds the memory and leaves the result alone.
 
     Raises:
         ValueError: nothing to evaluate, or shapes that do not fit one another.
     """
     image, text, owner = _prepare(image_features, text_features, caption_image)
-    rows = torch.arange(len(image), device=image.device)
-    has_caption = torch.zeros(len(image), dtype=torch.bool, device=image.device)
-    has_caption[owner] = True
-    image_ranks = _ranks(image[has_caption], text, rows[has_caption], owner, block)
-    text_ranks = _ranks(text, image, owner, rows, block)
+    return retrieval_metrics(cosine_scores(image, text), owner, len(image), ks, block)
+
+
+def retrieval_metrics(
+    score: Score,
+    caption_image: Tensor,
+    num_images: int,
+    ks: Sequence[int] = (1, 5, 10),
+    block: int = 256,
+    reranking: Reranking | None = None,
+) -> dict[str, float]:
+    """Recall@k and ranks both ways over one evaluation set.
+
+    Ties count against the model: ahead of the right candidate are the wrong ones that are at least as similar. A query
+    or a right candidate that holds NaN is a miss, and a wrong candidate that holds NaN is one more ahead of the right
+    one. A miss counts in medians and means as one rank behind the last candidate. Images without a caption stand among
+    the candidates of text-to-image retrieval but are no queries of image-to-text retrieval.
+
+    Args:
+        score: of the N images and T captions.
+        caption_image: (T,) int64 in 0..N-1, on the device of the scores.
+        num_images: N.
+        ks, block: as for `recall_metrics`.
+        reranking: orders the best candidates anew; None = none does.
+
+    Returns:
+        `i2t_r{k}`, `t2i_r{k}` for each k and `mean_recall`, their plain mean, in percent; `num_images` (N),
+        `num_captions` (T); `i2t_median_rank`, `i2t_mean_rank`, `t2i_median_rank`, `t2i_mean_rank`.
+    """
+    ranks = find_ranks(score, caption_image, num_images, block, reranking)
+    has_caption = torch.bincount(caption_image, minlength=num_images) > 0
+    image_ranks, text_ranks = ranks.images[has_caption], ranks.captions
     recalls = {f"i2t_r{k}": _percent_below(image_ranks, k) for k in ks}
     recalls |= {f"t2i_r{k}": _percent_below(text_ranks, k) for k in ks}
-    return _with_summary(recalls, len(image), len(text))
+    places = {"i2t": _from_one(image_ranks, len(caption_image)), "t2i": _from_one(text_ranks, num_images)}
+    metrics = _with_summary(recalls, num_images, len(caption_image))
+    for way, values in places.items():
+        metrics |= {f"{way}_median_rank": float(np.median(values)), f"{way}_mean_rank": float(values.mean())}
+    return metrics
+
+
+def average_median_rank(
+    score: Score,
+    caption_image: Tensor,
+    num_images: int,
+    reranking: Reranking | None = None,
+    draws: int = 5,
+    size: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Median rank among 1,000 pairs of an image and one of its captions, mean over draws of pairs.
+
+    That of Aytar et al. (2017), "See, Hear, and Read: Deep Aligned Representations". With one caption an image chance
+    is 500.5 both ways, and sets of different sizes compare. Images are shuffled into a circle of which each draw takes
+    the next `size`, so that draws share images only where there are fewer than draws * size; captions are drawn anew
+    for each. Of fewer than `size` images with captions there is one draw of all.
+
+    Args:
+        score, caption_image, num_images, reranking: as for `retrieval_metrics`.
+        draws, size: how many draws of how many pairs.
+        seed: of the draws.
+
+    Returns:
+        `i2t_average_median_rank`, `t2i_average_median_rank`; `average_median_rank_draws` and
+        `average_median_rank_images`, how many draws of how many pairs it was.
+    """
+    medians = []
+    pairs = draw_pairs(caption_image, num_images, draws, size, seed)
+    for images, captions in pairs:
+        part = None if reranking is None else _reranking_of(reranking, images, captions)
+        own = torch.arange(len(images), device=images.device)
+        ranks = find_ranks(_scores_of(score, images, captions), own, len(own), reranking=part)
+        medians.append([np.median(_from_one(way, len(own))) for way in (ranks.images, ranks.captions)])
+    i2t, t2i = np.mean(medians, axis=0).tolist()
+    number = {"average_median_rank_draws": len(pairs), "average_median_rank_images": len(pairs[0][0])}
+    return {"i2t_average_median_rank": i2t, "t2i_average_median_rank": t2i} | number
+
+
+def draw_pairs(caption_image: Tensor, num_images: int, draws: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """For each draw (n,) rows of images and, for each, the row of one of its captions; see `average_median_rank`."""
+    counts = torch.bincount(caption_image, minlength=num_images).cpu()
+    order, first = caption_image.argsort(stable=True).cpu(), counts.cumsum(0) - counts
+    present = counts.nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    circle = present[torch.randperm(len(present), generator=generator)]
+    found = []
+    for draw in range(draws if len(present) >= size else 1):
+        images = circle.roll(-draw * size)[:size]
+        # Below the count: the largest number that `rand` gives is 1 - 2^-53.
+        place = (torch.rand(len(images), dtype=torch.float64, generator=generator) * counts[images]).long()
+        found.append((images.to(caption_image.device), order[first[images] + place].to(caption_image.device)))
+    return found
 
 
 def chance_recall(
@@ -90,7 +165,7 @@ def chance_recall(
         ks: as for `recall_metrics`.
 
     Returns:
-        The keys of `recall_metrics`.
+        The keys of `recall_metrics` but for the ranks.
 
     Raises:
         ValueError: nothing to evaluate, or a row out of range.
@@ -161,26 +236,27 @@ def _as_owner(caption_image: Array | Sequence[int], num_images: int) -> Tensor:
     return owner
 
 
-def _similarity(query: Tensor, candidate: Tensor) -> Tensor:
-    """(Q, C) cosines in float32, also where validation runs under autocast."""
-    with torch.autocast(query.device.type, enabled=False):
-        return query @ candidate.T
+def _scores_of(score: Score, images: Tensor, captions: Tensor) -> Score:
+    """Scores of a part of the set, whose rows are those of `images` and `captions`."""
+
+    def part(image_rows: Rows, caption_rows: Rows) -> PairScores:
+        return score(images[image_rows], captions[caption_rows])
+
+    return part
 
 
-def _ranks(query: Tensor, candidate: Tensor, query_image: Tensor, candidate_image: Tensor, block: int) -> Tensor:
-    """(Q,) number of wrong candidates at least as similar as the best right one; C where none is comparable.
+def _reranking_of(reranking: Reranking, images: Tensor, captions: Tensor) -> Reranking:
+    """The same of what orders candidates anew."""
 
-    A candidate is right where it belongs to the query's image.
-    """
-    ranks = []
-    for rows, image in zip(query.split(block), query_image.split(block), strict=True):
-        similarity = _similarity(rows, candidate)
-        right = image[:, None] == candidate_image[None, :]
-        best = similarity.masked_fill(~right | similarity.isnan(), -torch.inf).amax(dim=1)
-        # Written as "not clearly below", so that NaN, which compares as False, counts against the model.
-        wrong = ~(similarity < best[:, None] - TIE) & ~right
-        ranks.append(wrong.sum(dim=1).masked_fill(best.isinf(), torch.iinfo(torch.int64).max))
-    return torch.cat(ranks)
+    def match(image_rows: Tensor, caption_rows: Tensor) -> Tensor:
+        return reranking.match(images[image_rows], captions[caption_rows])
+
+    return Reranking(match, reranking.k)
+
+
+def _from_one(ranks: Tensor, candidates: int) -> np.ndarray:
+    """(Q,) float64 ranks from 1, those that were never found behind all candidates."""
+    return (ranks.masked_fill(ranks == NEVER, candidates) + 1).double().cpu().numpy()
 
 
 def _percent_below(ranks: Tensor, k: int) -> float:
@@ -191,7 +267,7 @@ def _top(query: Tensor, candidate: Tensor, k: int, block: int) -> Tensor:
     k = min(k, len(candidate))
     lists = []
     for rows in query.split(block):
-        similarity = torch.nan_to_num(_similarity(rows, candidate), nan=-torch.inf)
+        similarity = torch.nan_to_num(cosines(rows, candidate), nan=-torch.inf)
         lists.append(similarity.topk(k, dim=1).indices)
     return torch.cat(lists)
 

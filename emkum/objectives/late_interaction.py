@@ -16,7 +16,7 @@ from emkum.errors import UserError
 from emkum.layers.precision import at_least_float32, normalized
 from emkum.layers.temperature import LogitScale
 from emkum.objectives.base import Objective, Requirements, Setting
-from emkum.outputs import Batch, ModalityOutput, ObjectiveOutput, StudentOutput, TeacherOutput
+from emkum.outputs import Batch, ModalityOutput, ObjectiveOutput, PairScores, StudentOutput, TeacherOutput
 
 # The projection of a teacher's patches is drawn anew from this seed wherever it is built.
 _PROJECTION_SEED = 0
@@ -57,19 +57,6 @@ class Tokens:
     special: Tensor
 
 
-@dataclass
-class PairScores:
-    """How similar each image and each caption are.
-
-    Attributes:
-        image_to_text: (B, T), mean over patches of the cosine with the most similar token.
-        text_to_image: (B, T), mean over tokens of the cosine with the most similar patch.
-    """
-
-    image_to_text: Tensor
-    text_to_image: Tensor
-
-
 def select_tokens(features: Tensor, special: Tensor, importance: Tensor, fraction: float) -> Tokens:
     """The most important tokens of each row, the most important first.
 
@@ -90,7 +77,8 @@ def select_tokens(features: Tensor, special: Tensor, importance: Tensor, fractio
 
 
 def late_interaction(images: Tensor, texts: Tensor, special: Tensor, chunk: int = 0) -> PairScores:
-    """Scores of all pairs (FILIP, Yao et al. 2021, equations 2 to 4).
+    """Scores of all pairs (FILIP, Yao et al. 2021, equations 2 to 4): image to text the mean over patches of the cosine
+    with the most similar token, text to image the mean over tokens of the cosine with the most similar patch.
 
     Chunks are recomputed in the backward pass, so that memory grows with chunk * T * N * L, not with B * T * N * L.
 
@@ -120,14 +108,13 @@ def late_interaction_scores(
         images, texts, special: of `late_interaction`.
         chunk: images at once. text_chunk: captions at once; both bound the memory and leave the result alone.
     """
-    blocks = zip(texts.split(text_chunk), special.split(text_chunk), strict=True)
-    captions = [(normalized(part), hidden) for part, hidden in blocks]
-    rows = []
-    for part in images.split(chunk):
-        patches = normalized(part)
-        scores = [_pair_scores(patches, tokens, hidden) for tokens, hidden in captions]
-        rows.append([torch.cat(way, dim=1) for way in zip(*scores, strict=True)])
-    return PairScores(*(torch.cat(way) for way in zip(*rows, strict=True)))
+    parts = [normalized(part) for part in images.split(chunk)]
+    columns = []
+    for tokens, hidden in zip(texts.split(text_chunk), special.split(text_chunk), strict=True):
+        captions = normalized(tokens)
+        scores = [_pair_scores(patches, captions, hidden) for patches in parts]
+        columns.append([torch.cat(way) for way in zip(*scores, strict=True)])
+    return PairScores(*(torch.cat(way, dim=1) for way in zip(*columns, strict=True)))
 
 
 def _pair_scores(images: Tensor, texts: Tensor, special: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,23 @@
-"""Retrieval recall: hand-computed, against a float64 reference, and under the faults it must not hide."""
+"""Retrieval: hand-computed, against a float64 reference and clip_benchmark, and under faults it must not hide."""
 
 import numpy as np
 import pytest
 import torch
 
-from emkum.evaluation.retrieval import chance_recall, nearest, recall_metrics
+from emkum.evaluation.pair_scores import cosine_scores
+from emkum.evaluation.ranks import Reranking
+from emkum.evaluation.report import rank_summary
+from emkum.evaluation.retrieval import (
+    average_median_rank,
+    chance_recall,
+    draw_pairs,
+    nearest,
+    recall_metrics,
+    retrieval_metrics,
+)
 
 KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall", "num_images", "num_captions"]
+RANKS = ["i2t_median_rank", "i2t_mean_rank", "t2i_median_rank", "t2i_mean_rank"]
 
 
 def reference(image, text, caption_image, ks=(1, 5, 10)):
@@ -26,7 +37,9 @@ def reference(image, text, caption_image, ks=(1, 5, 10)):
     recalls = {f"i2t_r{k}": 100 * np.mean([r < k for r in i2t]) for k in ks}
     recalls |= {f"t2i_r{k}": 100 * np.mean([r < k for r in t2i]) for k in ks}
     mean = np.mean(list(recalls.values()))
-    return recalls | {"mean_recall": mean, "num_images": len(image), "num_captions": len(text)}
+    ranks = {"i2t_median_rank": np.median(i2t) + 1, "i2t_mean_rank": np.mean(i2t) + 1}
+    ranks |= {"t2i_median_rank": np.median(t2i) + 1, "t2i_mean_rank": np.mean(t2i) + 1}
+    return recalls | {"mean_recall": mean, "num_images": len(image), "num_captions": len(text)} | ranks
 
 
 def random_set(num_images=40, num_captions=90, dim=8, noise=1.0, seed=0):
@@ -64,12 +77,15 @@ def test_five_captions_by_hand():
     assert metrics["i2t_r3"] == pytest.approx(100.0)
     assert metrics["mean_recall"] == pytest.approx((40 + 80 + 100 + 100 / 3 + 200 / 3 + 100) / 6)
     assert (metrics["num_images"], metrics["num_captions"]) == (3, 5)
+    # From 1: captions 1, 3, 1, 2, 2; images 2, 1, 3.
+    assert (metrics["t2i_median_rank"], metrics["t2i_mean_rank"]) == (2.0, pytest.approx(1.8))
+    assert (metrics["i2t_median_rank"], metrics["i2t_mean_rank"]) == (2.0, pytest.approx(2.0))
 
 
 def test_default_keys_and_numpy():
     image, text, owner = random_set()
     metrics = recall_metrics(image.numpy(), text.numpy(), owner.numpy())
-    assert list(metrics) == KEYS
+    assert list(metrics) == KEYS + RANKS
     assert metrics == recall_metrics(image, text, owner.tolist())
     assert all(type(value) in (int, float) for value in metrics.values())
 
@@ -134,6 +150,24 @@ def test_one_nan_caption_is_one_miss_and_its_image_keeps_the_others():
     assert metrics["i2t_r5"] == 100.0
 
 
+def test_a_miss_stands_one_behind_the_last_candidate():
+    image, text = torch.eye(4), torch.eye(4).repeat(2, 1)
+    text[0] = torch.nan
+    metrics = recall_metrics(image, text, torch.arange(4).repeat(2))
+    # Seven captions find their image at rank 1; the eighth counts as rank 5 among 4 images.
+    assert metrics["t2i_mean_rank"] == pytest.approx((7 + 5) / 8) and metrics["t2i_median_rank"] == 1.0
+    # Image 0 has another caption; behind the NaN, which counts as ahead, all images but the first are second.
+    assert metrics["i2t_mean_rank"] == pytest.approx((1 + 2 + 2 + 2) / 4) and metrics["i2t_median_rank"] == 2.0
+    lost = recall_metrics(torch.eye(4), torch.full((8, 4), torch.nan), torch.arange(4).repeat(2))
+    assert [lost[key] for key in RANKS] == [9.0, 9.0, 5.0, 5.0]
+
+
+def test_median_of_an_even_number_of_queries_is_between_the_two_in_the_middle():
+    # Caption 0 finds its image first, caption 1 second.
+    image, text = torch.eye(2), torch.tensor([[1.0, 0.1], [1.0, 0.1]])
+    assert recall_metrics(image, text, [0, 1])["t2i_median_rank"] == 1.5
+
+
 def test_image_without_caption_is_candidate_but_no_query():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
     text = torch.tensor([[1.0, 0.1], [0.0, 1.0]])
@@ -166,8 +200,8 @@ def test_chance_against_simulation():
         metrics = recall_metrics(
             torch.randn(8, 64, generator=generator), torch.randn(len(owner), 64, generator=generator), owner
         )
-        for key, value in metrics.items():
-            sums[key] += value / rounds
+        for key in KEYS:
+            sums[key] += metrics[key] / rounds
     assert chance_recall(8, owner) == pytest.approx(sums, abs=1.0)
 
 
@@ -206,3 +240,125 @@ def test_nearest():
 def test_errors(image, text, owner, message):
     with pytest.raises(ValueError, match=message):
         recall_metrics(image, text, owner)
+
+
+def clip_benchmark_recalls(image, text, owner, ks):
+    """What clip_benchmark's own evaluation gives for these embeddings, in percent."""
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+
+    class Embeddings:
+        def encode_image(self, rows):
+            return image[rows]
+
+        def encode_text(self, rows):
+            return text[rows]
+
+    captions = [[str(row) for row in range(len(text)) if owner[row] == n] for n in range(len(image))]
+    batches = [(torch.arange(i, min(i + 7, len(image))), captions[i : i + 7]) for i in range(0, len(image), 7)]
+    found = theirs.evaluate(
+        Embeddings(), batches, lambda words: torch.tensor([*map(int, words)]), "cpu", amp=False, recall_k_list=ks
+    )
+    named = {f"i2t_r{k}": found[f"text_retrieval_recall@{k}"] for k in ks}
+    return {
+        key: 100 * value
+        for key, value in (named | {f"t2i_r{k}": found[f"image_retrieval_recall@{k}"] for k in ks}).items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_clip_benchmark(seed):
+    image, text, owner = random_set(50, 250, dim=16, noise=1.5, seed=seed)
+    image, owner = image[:-1], owner  # their candidates are images with captions
+    ours = recall_metrics(image, text, owner)
+    assert 5 < ours["mean_recall"] < 95
+    theirs = clip_benchmark_recalls(image, text, owner.tolist(), [1, 5, 10])
+    assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=1e-6)
+
+
+def test_differs_from_clip_benchmark_in_ties_alone():
+    # All are equally similar. There, candidates with low numbers are the best; here, none is found.
+    image, text, owner = torch.ones(12, 4), torch.ones(60, 4), [row // 5 for row in range(60)]
+    theirs = clip_benchmark_recalls(image, text, owner, [1, 5])
+    assert theirs["t2i_r5"] > 40 and theirs["i2t_r5"] > 8
+    ours = recall_metrics(image, text, owner, ks=(1, 5))
+    assert all(ours[key] == 0 for key in theirs)
+
+
+def test_drawn_pairs():
+    owner = torch.tensor([3, 0, 0, 1, 1, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11])  # image 2 has no caption
+    draws = draw_pairs(owner, 12, draws=3, size=4, seed=0)
+    assert len(draws) == 3
+    for images, captions in draws:
+        assert len(set(images.tolist())) == 4
+        assert owner[captions].tolist() == images.tolist()
+    # 11 images with captions: two draws share none, and all three together miss none.
+    everything = [image for images, _ in draws for image in images.tolist()]
+    assert len(set(everything[:8])) == 8 and set(everything) == set(owner.tolist())
+    again = draw_pairs(owner, 12, draws=3, size=4, seed=0)
+    assert all(torch.equal(a, b) for x, y in zip(draws, again, strict=True) for a, b in zip(x, y, strict=True))
+    other = draw_pairs(owner, 12, draws=3, size=4, seed=1)
+    assert any(not torch.equal(x[0], y[0]) for x, y in zip(draws, other, strict=True))
+    # Fewer images than wanted: all of them, once.
+    ((images, captions),) = draw_pairs(owner, 12, draws=3, size=12, seed=0)
+    assert sorted(images.tolist()) == sorted(set(owner.tolist())) and owner[captions].tolist() == images.tolist()
+    # As many as wanted: equal images, other captions.
+    drawn = draw_pairs(owner, 12, draws=20, size=11, seed=0)
+    assert all(sorted(images.tolist()) == sorted(set(owner.tolist())) for images, _ in drawn)
+    assert {caption for _, captions in drawn for caption in captions.tolist()} == set(range(15))
+
+
+def test_average_median_rank_against_loops():
+    image, text, owner = random_set(40, 200, dim=4, noise=1.0, seed=3)
+    image, text = (torch.nn.functional.normalize(part, dim=1) for part in (image, text))
+    found = average_median_rank(cosine_scores(image, text), owner, 40, draws=3, size=12, seed=5)
+    medians = []
+    for images, captions in draw_pairs(owner, 40, draws=3, size=12, seed=5):
+        similarity = (image[images].double() @ text[captions].double().T).numpy()
+        i2t = [sum(similarity[n] >= similarity[n, n]) for n in range(12)]
+        t2i = [sum(similarity[:, n] >= similarity[n, n]) for n in range(12)]
+        medians.append((np.median(i2t), np.median(t2i)))
+    i2t, t2i = np.mean(medians, axis=0)
+    assert 1 < i2t < 6 and len(set(medians)) > 1
+    assert found == {
+        "i2t_average_median_rank": pytest.approx(i2t),
+        "t2i_average_median_rank": pytest.approx(t2i),
+        "average_median_rank_draws": 3,
+        "average_median_rank_images": 12,
+    }
+
+
+def test_average_median_rank_of_small_sets_of_chance_and_of_reordered_candidates():
+    image, text, owner = torch.eye(30), torch.eye(30).repeat(2, 1), torch.arange(30).repeat(2)
+    score = cosine_scores(image, text)
+    perfect = average_median_rank(score, owner, 30)
+    assert list(perfect.values()) == [1.0, 1.0, 1, 30]
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.nn.functional.normalize(torch.randn(1200, 64, generator=generator), dim=1) for _ in range(2)]
+    chance = average_median_rank(cosine_scores(*noise), torch.arange(1200), 1200)
+    assert chance["average_median_rank_draws"] == 5 and chance["average_median_rank_images"] == 1000
+    assert chance["i2t_average_median_rank"] == pytest.approx(500.5, abs=40)
+    assert chance["t2i_average_median_rank"] == pytest.approx(500.5, abs=40)
+
+    def opposite(images, captions):
+        return -(owner[captions] == images).float()
+
+    # Rows that `match` is given are those of the whole set: each right candidate becomes the last of four.
+    worse = average_median_rank(score, owner, 30, Reranking(opposite, 4))
+    assert [worse[f"{way}_average_median_rank"] for way in ("i2t", "t2i")] == [4.0, 4.0]
+    metrics = retrieval_metrics(score, owner, 30, reranking=Reranking(opposite, 4))
+    assert metrics["t2i_median_rank"] == 4.0 and metrics["t2i_r1"] == 0.0 and metrics["t2i_r5"] == 100.0
+    # Among the four, both captions of an image are right, behind two wrong ones.
+    assert metrics["i2t_median_rank"] == 3.0
+
+
+def test_rank_summary():
+    metrics = {
+        f"{way}_{key}": value
+        for way in ("i2t", "t2i")
+        for key, value in (("median_rank", 3.5), ("mean_rank", 12.34), ("average_median_rank", 2.2))
+    }
+    lines = rank_summary(metrics | {"average_median_rank_draws": 5, "average_median_rank_images": 1000}).splitlines()
+    assert lines == [
+        "median rank: i2t 3.5, t2i 3.5; mean rank: i2t 12.3, t2i 12.3",
+        "average median rank of 5 x 1,000 pairs: i2t 2.2, t2i 2.2",
+    ]

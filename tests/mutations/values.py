@@ -12,6 +12,7 @@ from tests.mutations.base import (
     KD,
     METER_TESTS,
     METERS,
+    RANKS,
     RETRIEVAL,
     RETRIEVAL_TESTS,
     RUNS,
@@ -34,9 +35,11 @@ ONE_CAPTION = [
     ),
     bug(
         "recall-of-first-captions-as-answers",
-        RETRIEVAL,
-        "        best = similarity.masked_fill(~right | ",
-        "        first = right & (right.cumsum(1) == 1)\n        best = similarity.masked_fill(~first | ",
+        RANKS,
+        "    own = _own_scores(score, owned)\n",
+        "    own = _own_scores(score, owned)\n"
+        "    first = [not (caption_image[:t] == caption_image[t]).any() for t in range(len(caption_image))]\n"
+        "    own.image_to_text.masked_fill_(~torch.tensor(first), -torch.inf)\n",
         f"{RETRIEVAL_TESTS}::test_every_caption_counts_not_the_first_alone",
     ),
     bug(

@@ -1,0 +1,179 @@
+"""What `emkum evaluate retrieval` compares beside features: tokens, and what image-text matching makes of CLS tokens.
+
+A reader sees each output of the student, in the order of the split, and keeps what its objective compares.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from emkum.checkpoint import ImageTextModel, TextOutput, unit_features
+from emkum.commands.evaluate import LATE_INTERACTION, encode_split
+from emkum.data.shards import ShardedSamples
+from emkum.evaluation.objective_scores import match_scores, token_scores
+from emkum.evaluation.pair_scores import Match, Score, cosine_scores
+from emkum.evaluation.ranks import Reranking
+from emkum.objectives import Objective
+from emkum.objectives.late_interaction import Tokens
+from emkum.outputs import ModalityOutput
+
+CMLI, ITM = "cmli", "itm"
+
+
+@dataclass
+class ComparedSplit:
+    """A split whose images and captions can be compared.
+
+    Attributes:
+        score: of pairs. reranking: of the best ones; None = none.
+        caption_image: (T,) int64, the row of each caption's image.
+    """
+
+    score: Score
+    reranking: Reranking | None
+    caption_image: Tensor
+
+
+def objectives_for(scores: str, rerank: str | None) -> list[str]:
+    """Objectives whose own parts are needed for options of `emkum evaluate retrieval`."""
+    return [*([CMLI] if scores == LATE_INTERACTION else []), *([rerank] if rerank else [])]
+
+
+def compare_split(
+    model: ImageTextModel,
+    samples: ShardedSamples,
+    scores: str = "cls",
+    rerank: str | None = None,
+    rerank_k: int = 16,
+    batch_size: int = 128,
+) -> ComparedSplit:
+    """Read a split once, for scores and for what orders candidates anew.
+
+    Args:
+        model: with the objectives of `objectives_for`.
+        samples: the split.
+        scores, rerank, rerank_k: options of `emkum evaluate retrieval`.
+        batch_size: images encoded at once.
+    """
+    tokens = TokenReader(model.objectives[CMLI]) if scores == LATE_INTERACTION else None
+    pairs = MatchReader(model.objectives[ITM]) if rerank == ITM else None
+    readers = [reader for reader in (tokens, pairs) if reader is not None]
+    encoded = encode_split(ReadModel(model, readers), samples, batch_size)
+    images, texts = encoded.images.to(model.device), encoded.texts.to(model.device)
+    return ComparedSplit(
+        cosine_scores(images, texts) if tokens is None else tokens.score(),
+        None if pairs is None else Reranking(pairs.match(), rerank_k),
+        encoded.caption_image.to(model.device),
+    )
+
+
+class Reader(Protocol):
+    """Keeps what it needs of outputs, on the student's device."""
+
+    def add_images(self, output: ModalityOutput) -> None:
+        """Of the next images."""
+        ...
+
+    def add_texts(self, part: TextOutput) -> None:
+        """Of captions; `part.rows` are theirs in the whole split."""
+        ...
+
+
+class ReadModel:
+    """A model whose outputs readers see while it encodes.
+
+    Args:
+        model: encodes. readers: see each output once.
+    """
+
+    def __init__(self, model: ImageTextModel, readers: Sequence[Reader]) -> None:
+        self.model, self.readers = model, readers
+        self._captions = 0
+
+    @torch.inference_mode()
+    def encode_image(self, images: Sequence[Image.Image]) -> Tensor:
+        """As of the model."""
+        features = []
+        for output in self.model.image_outputs(images):
+            for reader in self.readers:
+                reader.add_images(output)
+            features.append(unit_features(output))
+        return torch.cat(features)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """As of the model."""
+        features = torch.empty(len(texts), self.model.student.contrast_width)
+        for part in self.model.text_outputs(self.model.tokenize(texts)):
+            features[part.rows] = unit_features(part.output)
+            moved = TextOutput(self._captions + part.rows, part.output, part.special)
+            for reader in self.readers:
+                reader.add_texts(moved)
+        self._captions += len(texts)
+        return features
+
+
+class TokenReader:
+    """Projected tokens for late interaction.
+
+    Args:
+        objective: `cmli`, trained.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._images: list[Tensor] = []
+        self._texts: list[tuple[Tensor, Tokens]] = []
+
+    def add_images(self, output: ModalityOutput) -> None:
+        self._images.append(self.objective.image_tokens(output).features)
+
+    def add_texts(self, part: TextOutput) -> None:
+        self._texts.append((part.rows, self.objective.text_tokens(part.output, part.special)))
+
+    def score(self) -> Score:
+        """Scores of all that was read, which is given away."""
+        images = torch.cat(self._images)
+        total = sum(len(rows) for rows, _ in self._texts)
+        longest = max(tokens.special.shape[1] for _, tokens in self._texts)
+        texts = images.new_zeros(total, longest, images.shape[2])
+        special = torch.ones(total, longest, dtype=torch.bool, device=images.device)
+        self._images.clear()
+        # Parts go as they are copied, so that no two copies of all are there.
+        while self._texts:
+            rows, tokens = self._texts.pop()
+            length = tokens.special.shape[1]
+            texts[rows.to(texts.device), :length] = tokens.features
+            special[rows.to(texts.device), :length] = tokens.special
+        return token_scores(images, texts, special)
+
+
+class MatchReader:
+    """What the first maps of image-text matching make of CLS tokens.
+
+    Args:
+        objective: `itm`, trained.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.classifier = objective.classifier
+        self._images: list[Tensor] = []
+        self._texts: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add_images(self, output: ModalityOutput) -> None:
+        self._images.append(self.classifier.image(output.cls))
+
+    def add_texts(self, part: TextOutput) -> None:
+        self._texts.append(self.classifier.text(part.output.cls))
+        self._rows.append(part.rows)
+
+    def match(self) -> Match:
+        """Scores of pairs of all that was read."""
+        order = torch.cat(self._rows).argsort()
+        texts = torch.cat(self._texts)
+        return match_scores(self.classifier, torch.cat(self._images), texts[order.to(texts.device)])
