@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ _KEYS = {"title", "about", "places", "steps", "tables"}
 _TABLE_KEYS = {"title", "rows", "columns", "notes"}
 # Words of every study: the folder of all that it makes, and that of the recipes.
 _OUT, _RECIPES = "out", "recipes"
+_WIDTH = 120
+_PLACES = (
+    "In the commands below, {out} is RUNS, {recipes} is examples, and the other words in braces are the folders given."
+)
 
 
 @dataclass(frozen=True)
@@ -202,21 +207,33 @@ def _page(study: Study, args: argparse.Namespace, records: Mapping[str, dict[str
     file = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
     command = " ".join(["emkum study", file, *(f"{name}=DIR" for name in study.places)])
     machines = dict.fromkeys(_describe(record) for record in records.values())
-    parts = [f"# {study.title}", study.about.strip()]
-    parts += [f"Made by `{command} --out RUNS --page FILE`, on {' and on '.join(machines)}."]
+    parts = [f"# {study.title}", _filled(study.about)]
+    parts += [_filled(f"Made by `{command} --out RUNS --page FILE` on {' and on '.join(machines)}. {_PLACES}")]
     for table in study.tables:
         rows = [
             {"": row} | {heading: _cell(args.out, cell, word) for heading, cell in table.columns.items()}
             for row, word in table.rows.items()
         ]
         columns = ["", *table.columns]
-        parts += [f"## {table.title}", format_table(rows, columns, markdown=True), table.notes.strip()]
-    steps = [
-        {"step": name, "seconds": records[name].get("seconds"), "command": f"`emkum {' '.join(text.split())}`"}
-        for name, text in study.steps.items()
-    ]
-    parts += ["## Commands", format_table(steps, ["step", "seconds", "command"], markdown=True)]
+        parts += [f"## {table.title}", format_table(rows, columns, markdown=True), _filled(table.notes)]
+    lines = []
+    for name, text in study.steps.items():
+        seconds = records[name].get("seconds")
+        took = "stopped once and gone on with" if seconds is None else f"{seconds} s"
+        lines += [f"# {name}: {took}", _wrapped(f"emkum {text}")]
+    parts += ["## Commands", "\n".join(["```bash", *lines, "```"])]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _filled(text: str) -> str:
+    """Paragraphs in lines of a page's width."""
+    return "\n\n".join(textwrap.fill(part, _WIDTH) for part in text.split("\n") if part.strip())
+
+
+def _wrapped(command: str) -> str:
+    """A command in lines that a shell takes for one."""
+    lines = textwrap.wrap(command, _WIDTH - 6, break_long_words=False, break_on_hyphens=False)
+    return " \\\n    ".join(lines)
 
 
 def _describe(record: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emkum.evaluation.arrays import Array, take
 from emkum.evaluation.classification import label_ranks, top_k_accuracy
-from emkum.evaluation.retrieval import TIE
+from emkum.evaluation.ranks import TIE
 from emkum.layers.precision import at_least_float32, normalized
 
 
