@@ -1,22 +1,14 @@
 """Recipes, and the command lines they become."""
 
-import importlib
-import pkgutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fairseq import options as fairseq_options
 
-import user_dir.models
-import user_dir.tasks
+import tests.registered  # noqa: F401
 from emkum.errors import UserError
 from emkum.recipe import parse_overrides, read_options, read_recipe, to_arguments
-
-# What `--user-dir` registers; fairseq imports these itself only where nobody has imported the folder before.
-for package in (user_dir.models, user_dir.tasks):
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples").glob("*.yaml"))

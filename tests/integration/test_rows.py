@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import tests.registered  # noqa: F401
 from emkum.recipe import read_mapping, read_recipe, to_arguments
 from tests.integration.conftest import ROOT
 from tests.integration.in_process import Run, make_run
