@@ -19,9 +19,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command's words; `key=value` words may stand anywhere among its options.
+
+    By itself argparse takes those alone that stand together with the first of the command's words.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; mistakes of the user end it with one line and exit status 1."""
-    args = build_parser().parse_args(arguments)
+    args = parse(arguments)
     # Libraries talk at length on the root logger once fairseq has configured it; warnings still come through.
     logging.disable(logging.INFO)
     args.run(args)

@@ -26,7 +26,10 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What figures are measured on: processor, cores, load, GPU (None without one) and package versions."""
+    # On call: reading records takes no PyTorch.
+    import torch
+
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -36,6 +39,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": package_versions(),
     }
 

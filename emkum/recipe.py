@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,16 @@ def _argument(key: str, value: Any, action: argparse.Action) -> list[str]:
 
 def _training_actions(options: dict[str, Any]) -> dict[str, argparse.Action]:
     """Every option that fairseq's training parser has, given the recipe's choices of task, model and so on."""
+    return _actions_of(tuple((key, str(options[key])) for key in _CHOICES if options.get(key) is not None))
+
+
+# A parser takes half a second to make.
+@cache
+def _actions_of(choices: tuple[tuple[str, str], ...]) -> dict[str, argparse.Action]:
     from fairseq import options as fairseq_options
     from fairseq.utils import import_user_module
 
-    chosen = {key: options[key] for key in _CHOICES if options.get(key) is not None}
+    chosen = dict(choices)
     try:
         # What it registers is among the choices only after the import.
         import_user_module(argparse.Namespace(user_dir=chosen.get("user_dir")))

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from emkum.commands.arguments import assert_at_least
 from emkum.errors import UserError
 from emkum.provenance import describe_machine, write_json
 
@@ -196,9 +197,7 @@ def run_student(args: argparse.Namespace) -> None:
 
 def run_retrieval(args: argparse.Namespace) -> None:
     # As many candidates as the best of them are looked for.
-    for option, least in (("images", 10), ("captions", args.images), ("dim", 1)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option} {getattr(args, option)}: want {least} or more")
+    assert_at_least(args, images=10, captions=args.images, dim=1)
     from emkum.commands.bench_retrieval import format_report, measure
 
     figures, machine = measure(args.images, args.captions, args.dim), describe_machine()

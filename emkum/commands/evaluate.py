@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emkum.commands import evaluate_images, evaluate_zero_shot, finetune
+from emkum.commands.arguments import assert_at_least
 from emkum.errors import UserError
 from emkum.provenance import write_json
 
@@ -85,8 +86,7 @@ def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size:
 
 
 def run_retrieval(args: argparse.Namespace) -> None:
-    if args.rerank_k < 1:
-        raise UserError(f"--rerank-k {args.rerank_k}: want 1 or more")
+    assert_at_least(args, rerank_k=1, batch_size=1)
     import torch
 
     from emkum.checkpoint import load

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from emkum.commands.arguments import assert_at_least
 from emkum.errors import UserError
 from emkum.provenance import write_json
 
@@ -209,19 +210,11 @@ def _weights(args: argparse.Namespace) -> str:
     return {None: "hub", "random": ""}.get(args.weights, args.weights)
 
 
-def _assert_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Raise UserError where an option has a smaller value."""
-    for name, smallest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} {value}: want {smallest} or more")
-
-
 def run_knn(args: argparse.Namespace) -> None:
     ks = parse_numbers(args.k, "--k", int)
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature}: want more than 0")
-    _assert_at_least(args, **_LEAST)
+    assert_at_least(args, **_LEAST)
     from tqdm import tqdm
 
     from emkum.commands.image_features import open_sets
@@ -268,7 +261,7 @@ def _probe_settings(args: argparse.Namespace) -> tuple[float, ...]:
     """What is tried; raises UserError where an option has no sense."""
     if args.solver not in _RECORDED:
         raise UserError(f"--solver {args.solver!r} is unknown; choose from {', '.join(_RECORDED)}")
-    _assert_at_least(args, **_LEAST, epochs=1, update_size=1, max_iterations=1)
+    assert_at_least(args, **_LEAST, epochs=1, update_size=1, max_iterations=1)
     if not 0 < args.held_out < 1:
         raise UserError(f"--held-out {args.held_out:g}: want more than 0, less than 1")
     if args.solver == SGD:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emkum.commands.arguments import assert_at_least
 from emkum.errors import UserError
 from emkum.provenance import write_json
 
@@ -84,10 +85,7 @@ def classify_set(
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, least in (("batch_size", 1), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: want {least} or more")
+    assert_at_least(args, batch_size=1, workers=0)
     import torch
 
     from emkum.checkpoint import load

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emkum.commands.arguments import parse_seeds
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
-from emkum.provenance import package_versions, write_json
+from emkum.provenance import describe_machine, write_json
 
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "image_classification.yaml"
 
@@ -58,7 +59,7 @@ def add_parser(kinds: Any) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="options that replace the recipe's; right behind SOURCE",
+        help="options that replace the recipe's",
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of a set with classes, by `emkum prepare`")
     parser.add_argument(
@@ -119,20 +120,9 @@ def run(args: argparse.Namespace) -> None:
     summary = summarize(results)
     report = {"source": args.source, "encoder": identity, "data": args.data, "split": scoring.scored}
     report |= {"chosen_by": scoring.chosen_by, "options": options, "runs": results, **summary}
-    write_json(args.out / _RECORD, report | {"device": _device_name(), "versions": package_versions()})
+    write_json(args.out / _RECORD, report | {"machine": describe_machine()})
     _print(results, summary, scoring)
     print(f"written to {args.out / _RECORD}")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """
-    Raises:
-        UserError: it is no list of different whole numbers from 0 on.
-    """
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
-        raise UserError(f"--seeds {text!r}: want different whole numbers, separated by commas, such as 1,2,3")
-    return [int(word) for word in words]
 
 
 def choose_weights(source: str, weights: str | None) -> str:
@@ -299,9 +289,3 @@ def _print(results: Sequence[Mapping[str, Any]], summary: Mapping[str, float | N
         spread = f" ± {summary['top1_std']:.2f} ({summary['top1_min']:.2f} to {summary['top1_max']:.2f})"
     runs = "1 run" if len(results) == 1 else f"{len(results)} runs"
     print(f"top-1 on {scoring.scored}: {summary['top1_mean']:.2f}{spread} %, {runs}")
-
-
-def _device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

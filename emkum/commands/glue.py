@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emkum.commands import train
+from emkum.commands.arguments import parse_seeds
 from emkum.errors import UserError
 from emkum.files import replaced_file
 from emkum.provenance import package_versions, write_json
-from emkum.recipe import parse_overrides, read_recipe, to_arguments
+from emkum.recipe import parse_overrides, read_options, to_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
         done.append(result)
         for split, figures in result["sets"].items():
             print(f"emkum: {split}", *(f"{name} {value:.1f}" for name, value in figures.items()), flush=True)
-    whole = [each for each in done if sum(other["task"] == each["task"] for other in done) == len(_seeds(args.seeds))]
+    seeds = len(parse_seeds(args.seeds))
+    whole = [each for each in done if sum(other["task"] == each["task"] for other in done) == seeds]
     if whole:
         _report(args, runs, whole)
     if failed:
@@ -145,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> list[Run]:
     """All runs, with whatever can be wrong with them found before the first one begins."""
-    tasks, seeds = _tasks(args.data, args.tasks), _seeds(args.seeds)
+    tasks, seeds = _tasks(args.data, args.tasks), parse_seeds(args.seeds)
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: want 1 or more")
     overrides = parse_overrides(args.overrides)
@@ -192,13 +194,6 @@ def _tasks(data: Path, chosen: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _seeds(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise UserError(f"--seeds {text!r}: want different whole numbers, such as 1,2,3")
-    return [int(word) for word in words]
-
-
 def _default_name(args: argparse.Namespace) -> str:
     """From the source's name, so that different encoders have different folders."""
     name = re.sub(r"[^\w.-]+", "_", args.source.rstrip("/").split("/")[-1])
@@ -211,7 +206,7 @@ def _length(data: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> 
 
     from emkum.data.tables import Table
 
-    options = read_recipe(args.recipe) | overrides
+    options = read_options(args.recipe, args.overrides)
     batches = math.ceil(len(Table(data / "train")) / int(options["batch_size"]))
     frequency = options.get("update_freq", 1)
     together = int(frequency[0] if isinstance(frequency, list) else frequency) * max(1, torch.cuda.device_count())
@@ -395,7 +390,7 @@ def _collect_submissions(out: Path, scores: dict[str, dict[int, float]]) -> list
 
 def _notes(args: argparse.Namespace, done: list[dict[str, Any]]) -> str:
     """What a reader of the table must know."""
-    options = read_recipe(args.recipe) | parse_overrides(args.overrides)
+    options = read_options(args.recipe, args.overrides)
     seconds = [result["seconds"] for result in done]
     took = "" if None in seconds else f" All runs took {sum(seconds) / 60:.0f} minutes."
     return (

@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
         "--page docs/results/text_encoders.md",
     )
     parser.add_argument("file", type=Path, help="YAML file with title, steps and tables; see examples/studies/")
-    parser.add_argument("places", nargs="*", metavar="name=DIR", help="folders that replace the file's places")
+    parser.add_argument("overrides", nargs="*", metavar="name=DIR", help="folders that replace the file's places")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for all that the steps make")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown file to write (default: DIR/results.md)")
     parser.add_argument("--only", default="", metavar="STEP,STEP", help="these steps alone, and no page before all ran")
@@ -149,7 +149,7 @@ def _words(study: Study, args: argparse.Namespace) -> dict[str, list[str]]:
         UserError: a place is not the study's, or is no folder.
     """
     places = dict(study.places)
-    for word in args.places:
+    for word in args.overrides:
         name, equals, folder = word.partition("=")
         if not equals or name not in places:
             raise UserError(f"{word!r}: want name=DIR with one of {', '.join(places) or 'no name, for there is none'}")
@@ -239,7 +239,7 @@ def _wrapped(command: str) -> str:
 def _describe(record: Mapping[str, Any]) -> str:
     machine = record["machine"]
     versions = machine["versions"]
-    parts = [f"{machine['cores']} cores of {machine['processor']}", machine.get("gpu"), f"Python {versions['python']}"]
+    parts = [f"{machine['cores']} cores of {machine['processor']}", machine["gpu"], f"Python {versions['python']}"]
     parts += [f"{name} {versions[name]}" for name in ("torch", "timm", "fairseq-fixed") if name in versions]
     return ", ".join(part for part in parts if part)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emkum.commands.arguments import assert_at_least
 from emkum.commands.teacher_options import add_teacher_arguments, build_from
 from emkum.errors import UserError
 from emkum.provenance import write_json
@@ -119,11 +120,7 @@ def _chosen_parts(args: argparse.Namespace) -> list[str]:
     """The parts to store; raises UserError where an option has no sense."""
     from emkum.teachers.cached import FEATURES, LOGITS, PARTS
 
-    least = {"views": 0, "logits_top": 0, "shard_size": 1, "batch_size": 1, "workers": 0, "processes": 0}
-    for name, smallest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} {value}: want {smallest} or more")
+    assert_at_least(args, views=0, logits_top=0, shard_size=1, batch_size=1, workers=0, processes=0)
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min-scale {args.min_scale:g}: want more than 0, at most 1")
     if args.target != "image":

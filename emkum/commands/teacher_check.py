@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from emkum.commands.arguments import assert_at_least
 from emkum.commands.teacher_inputs import (
     SCENES,
     SENTENCES,
@@ -91,9 +92,7 @@ def add_parser(kinds: Any) -> None:
 
 
 def run_check(args: argparse.Namespace) -> None:
-    for option, least in (("limit", 0), ("show", 0), ("batch_size", 1)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: want {least} or more")
+    assert_at_least(args, limit=0, show=0, batch_size=1)
     if not 0 < args.crop_fraction <= 1:
         raise UserError(f"--crop-fraction {args.crop_fraction}: want more than 0, at most 1")
     if args.teacher.startswith("cached:"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emkum.evaluation.arrays import Array, take
 from emkum.evaluation.classification import label_ranks, top_k_accuracy
+from emkum.evaluation.pair_scores import cosines
 from emkum.evaluation.ranks import TIE
 from emkum.layers.precision import at_least_float32, normalized
 
@@ -98,16 +99,11 @@ def classify(image_features: Array, classes: Tensor, labels: Array | Sequence[in
     ranks, predicted = [truth[:0]], [truth[:0]]
     for start in range(0, len(truth), block):
         rows = slice(start, start + block)
-        logits = _cosines(take(image_features, rows, classes.device, classes.dtype), classes)
+        images = normalized(take(image_features, rows, classes.device, classes.dtype))
+        logits = cosines(images, at_least_float32(classes))
         ranks.append(label_ranks(logits, truth[rows], TIE))
         predicted.append(_predictions(logits, truth[rows], ranks[-1]))
     return Classified(torch.cat(ranks), torch.cat(predicted))
-
-
-def _cosines(images: Tensor, classes: Tensor) -> Tensor:
-    """(B, C) in float32 or float64, also where validation runs under autocast."""
-    with torch.autocast(images.device.type, enabled=False):
-        return normalized(images) @ at_least_float32(classes).T
 
 
 def _predictions(logits: Tensor, labels: Tensor, ranks: Tensor) -> Tensor:

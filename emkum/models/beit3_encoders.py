@@ -80,13 +80,6 @@ class BEiT3Encoder(Encoder):
         self.num_heads = heads
         self.ffn_width = ffn_width
 
-    def encode(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) from `embed` through all layers; `padding_mask` (B, N) is True at padding."""
-        last = tokens
-        for state in self._run(tokens, padding_mask):
-            last = state
-        return last
-
     def hidden_states(self, inputs: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
         """(B, N, D) behind every layer; arguments as of `forward`."""
         return list(self._run(self.embed(inputs), padding_mask))

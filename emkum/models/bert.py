@@ -160,13 +160,6 @@ class BertEncoder(Encoder):
             raise ValueError(f"{inputs.shape[1]} tokens exceed the {self.max_positions} positions of the text encoder")
         return self.embeddings(inputs)
 
-    def encode(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) from `embed` through the embedding's norm and dropout and all layers; `padding_mask` (B, L)."""
-        last = tokens
-        for state in self._run(tokens, padding_mask):
-            last = state
-        return last
-
     def hidden_states(self, tokens: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
         """(B, L, D) behind every layer; arguments as of `forward`."""
         return list(self._run(self.embed(tokens), padding_mask))[1:]

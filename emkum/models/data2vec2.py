@@ -102,12 +102,6 @@ class Data2Vec2Encoder(Encoder):
         """Prenet and main blocks in their order."""
         return [*self._context.blocks, *self.blocks]
 
-    def encode(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) from `embed` through all blocks; `padding_mask` (B, N) is True at padding."""
-        for output, _ in self._run(tokens, padding_mask):
-            tokens = output
-        return tokens
-
     def hidden_states(
         self, inputs: Tensor, padding_mask: Tensor | None = None, end_of_block: bool = False
     ) -> list[Tensor]:
@@ -118,7 +112,7 @@ class Data2Vec2Encoder(Encoder):
             end_of_block: False = output of the block's MLP before residual and norm, which the released image and text
                 models predict and fairseq calls `layer_results`; True = output of the block.
         """
-        states = self._run(self.embed(inputs), padding_mask)
+        states = self._outputs_and_targets(self.embed(inputs), padding_mask)
         return [output if end_of_block else target for output, target in states]
 
     def block_state(self, index: int) -> dict[str, Tensor]:
@@ -131,7 +125,10 @@ class Data2Vec2Encoder(Encoder):
         self.blocks = self.blocks[: max(0, self.num_layers - self.prenet_depth)]
         self._context.blocks = self._context.blocks[: self.num_layers]
 
-    def _run(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _run(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[Tensor]:
+        return (output for output, _ in self._outputs_and_targets(tokens, padding_mask))
+
+    def _outputs_and_targets(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each block's output and its MLP's output, (B, N, D) both."""
         tokens = self._before_blocks(tokens)
         for block in self.all_blocks():

@@ -1,6 +1,6 @@
 """What the encoders of either modality have in common, and which layers of a pretrained model they keep."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,13 @@ class Encoder(nn.Module):
 
     def encode(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, N, D) from `embed` through all blocks; `padding_mask` (B, N) is True at padding."""
+        last = tokens
+        for state in self._run(tokens, padding_mask):
+            last = state
+        return last
+
+    def _run(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[Tensor]:
+        """(B, N, D) behind one block after the other; arguments as of `encode`."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Encoded:

@@ -104,10 +104,7 @@ class TimmImageEncoder(Encoder):
         Raises:
             ValueError: a padding mask, which images do not have.
         """
-        last = tokens
-        for state in self._run(tokens, padding_mask):
-            last = state
-        return self._without_registers(last)
+        return self._without_registers(super().encode(tokens, padding_mask))
 
     def hidden_states(self, inputs: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
         """(B, 1 + N, D) behind every block; arguments as of `forward`."""

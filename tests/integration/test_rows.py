@@ -21,7 +21,7 @@ TEACHER_WIDTH = 64
 # Sizes that fit a test, beside the preset small.
 TINY = {"student_size": "tiny", "image_size": 32, "image_patch_size": 8, "text_max_positions": 64, "warmup_updates": 1}
 TINY |= {"kd_contrastive_bank_size": 20, "momentum_itc_size": 20, "bank_itc_size": 20, "contrastive_chunk": 0}
-TINY |= {"dino_prototypes": 32, "dino_hidden": 16, "dino_bottleneck": 8, "distributed_world_size": 1}
+TINY |= {"dino_prototypes": 32, "dino_hidden": 16, "dino_bottleneck": 8}
 # Rows whose run needs what is not made here, or is another task's: these have tests of their own.
 ELSEWHERE = {
     "01_unimodal_kd_vision": "tests/user_dir/test_image_distillation.py",

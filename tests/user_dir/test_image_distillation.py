@@ -156,6 +156,15 @@ def test_a_student_of_a_run_and_one_from_scratch(run: tuple, scenes: Path, optio
         torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
 
 
+def assert_starts_as_its_teacher(run: Run) -> tuple[list, list]:
+    """Layers of a student of two blocks and of its teacher of four, whose first two it has."""
+    student, teacher = layers_of(run)
+    assert len(teacher) == 4 and len(student) == 2
+    for own, theirs in zip(student, teacher, strict=False):
+        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+    return student, teacher
+
+
 def test_data2vec2(scenes: Path, options: dict, tmp_path: Path) -> None:
     sizes = {"embed_dim": 24, "num_heads": 4, "input_size": SIDE, "patch_size": 8}
     encoder = Data2Vec2ImageEncoder(depth=3, prenet_depth=1, **sizes)
@@ -165,10 +174,7 @@ def test_data2vec2(scenes: Path, options: dict, tmp_path: Path) -> None:
     torch.save({"cfg": {"model": {"num_heads": 4}}, "model": encoder.state_dict()}, tmp_path / "d2v.pt")
     changes = {"teacher": f"data2vec2:{tmp_path / 'd2v.pt'}", "image_layers": 2}
     run = in_process(scenes, options, tmp_path, **changes)
-    student, teacher = layers_of(run)
-    assert len(teacher) == 4 and len(student) == 2
-    for own, theirs in zip(student, teacher, strict=False):
-        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+    student, teacher = assert_starts_as_its_teacher(run)
     run.model.train()
     loss = float(run.backward(run.batch(0, 4), 0)["loss"])
     expected = (mean_of_layers(student) - mean_of_layers(teacher)).square().mean()
@@ -186,10 +192,7 @@ def test_beit3(scenes: Path, options: dict, tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "beit3.pth")
     changes = {"teacher": f"beit3:{tmp_path / 'beit3.pth'}", "image_layers": 2}
     run = in_process(scenes, options, tmp_path, **changes)
-    student, teacher = layers_of(run)
-    assert len(teacher) == 4 and len(student) == 2
-    for own, theirs in zip(student, teacher, strict=False):
-        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+    assert_starts_as_its_teacher(run)
     run.model.train()
     run.backward(run.batch(0, 4), 0)
     assert run.gradients().keys() == {name for name, _ in run.model.named_parameters()}
