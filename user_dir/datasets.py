@@ -1,10 +1,16 @@
-"""A map-style dataset as fairseq wants it."""
+"""A map-style dataset as fairseq wants it, and an orderly end of fairseq's reading ahead."""
 
+import atexit
+import queue
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from fairseq.data import FairseqDataset
+from fairseq.data.iterators import BackgroundConsumer
 
 from emkum.data.order import OrderConfig, batches_by_length, epoch_order, parse_weights
 from emkum.data.worker_memory import hand_over
@@ -110,3 +116,25 @@ class EpochDataset(FairseqDataset):
                 f"{len(indices)} training images are too few for --batch-size {max_sentences} on {world_size()} devices"
             )
         return whole[:usable]
+
+
+@atexit.register
+def end_reading_ahead(seconds: float = 10.0) -> None:
+    """Wait until fairseq's threads that read batches ahead have ended; called before the interpreter does.
+
+    They are daemon threads. One that lets go of a tensor while the interpreter is being taken down aborts the process,
+    whose work is done but whose exit status then says that it failed.
+
+    Args:
+        seconds: how long to wait at most, for a worker process may never answer.
+    """
+    deadline = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if not isinstance(thread, BackgroundConsumer):
+            continue
+        # After the batch that it is on; one that waits for room in its queue gets that.
+        thread._max_len = 0
+        while thread.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                thread._queue.get_nowait()
+            thread.join(0.01)

@@ -1,14 +1,18 @@
-"""Order and batches of an epoch, as fairseq asks for them."""
+"""Order and batches of an epoch, as fairseq asks for them, and the end of its reading ahead."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fairseq.data.data_utils import numpy_seed
+from fairseq.data.iterators import BufferedIterator
 
 from emkum.data.order import OrderConfig
 from emkum.errors import UserError
-from user_dir.datasets import EpochDataset
+from user_dir.datasets import EpochDataset, end_reading_ahead
 
 LENGTHS = np.random.default_rng(0).integers(10, 80, 700)
 
@@ -73,3 +77,54 @@ def test_validation_keeps_the_order() -> None:
 def test_fairseq_may_shuffle_batches_unless_the_order_is_the_disks() -> None:
     assert EpochDataset(Numbers(), list, True).shuffles_batches
     assert not EpochDataset(Numbers(), list, True, OrderConfig(window=8)).shuffles_batches
+
+
+def test_reading_ahead_ends_also_where_the_queue_is_full():
+    iterator = BufferedIterator(2, list(range(50)))
+    assert next(iterator) == 0
+    thread = iterator._consumer
+    assert thread.is_alive()
+    end_reading_ahead()
+    assert not thread.is_alive()
+    assert thread.count < 50
+
+
+# The reading thread is the last to hold a batch, and letting go of it lasts into the end of the process.
+PROGRAM = """
+import time
+import torch
+from emkum.data import worker_memory
+from fairseq.data.iterators import BufferedIterator
+import user_dir.datasets
+
+def slow_release(*arguments):
+    time.sleep(1)
+    print("released", flush=True)
+
+class Batches(list):
+    def __iter__(self):
+        place = worker_memory._Place(64, torch.uint8, torch.Size([4]), (1,))
+        yield worker_memory._receive(torch.zeros(128, dtype=torch.uint8), {"image": place})
+
+def put_and_stay(item, put):
+    put(item)
+    if not isinstance(item, dict):
+        time.sleep(0.2)
+
+worker_memory._release = slow_release
+iterator = BufferedIterator(2, Batches([0]))
+put = iterator._queue.put
+iterator._queue.put = lambda item: put_and_stay(item, put)
+for item in iterator:
+    pass
+del item
+time.sleep(0.6)
+"""
+
+
+def test_a_batch_that_is_let_go_of_late_does_not_abort_the_process():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "released\n"
