@@ -27,6 +27,7 @@ from emkum.data.image_text import ImageTextItem, collate
 from emkum.data.masking import mask_text
 from emkum.data.transforms import crop_rows
 from emkum.errors import UserError
+from emkum.layers.nearest_code import CodeTable
 from emkum.models.builders import count_image_tokens
 from emkum.outputs import TeacherOutput
 from emkum.teachers.base import IMAGE, TeacherInput
@@ -37,6 +38,8 @@ from .tasks.image_text import ImageTextTask
 
 # Updates' worth of different batches; steps take them in turn.
 DIFFERENT_BATCHES = 2
+# Channels in which an image quantizer compares codes (the S of the published one).
+CODE_WIDTH = 16
 # Where a recipe draws all captions of an image: as many as COCO has.
 ALL_CAPTIONS = 5
 
@@ -164,6 +167,7 @@ def measure(run: Run) -> dict[str, Any]:
     task.teacher = RandomTeacher(run.target_width, run.classes)
     task.num_train_images = size * parts * DIFFERENT_BATCHES
     model = task.build_model(cfg.model)
+    fill_code_tables(model)
     patches = count_image_tokens(model.student.image_encoder) - 1
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     weights = weight_bytes(model)
@@ -185,6 +189,14 @@ def measure(run: Run) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if trainer.cuda else "CPU",
         "threads": torch.get_num_threads(),
     }
+
+
+def fill_code_tables(model: nn.Module) -> None:
+    """Random entries for tables of centroids and codes, whose files a recipe's run would read."""
+    for table in model.modules():
+        if isinstance(table, CodeTable):
+            shapes = {name: getattr(table, name).shape for name in table.names}
+            table.fill(**{name: torch.randn([side or CODE_WIDTH for side in shape]) for name, shape in shapes.items()})
 
 
 def run_steps(trainer: Trainer, updates: Any) -> float:

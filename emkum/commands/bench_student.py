@@ -24,7 +24,7 @@ from emkum.recipe import read_options, to_arguments
 
 MODEL = {"task": "image_text", "arch": "image_text_student", "criterion": "multi_objective"}
 # Options that a step on random inputs does not depend on.
-WITHOUT_EFFECT = ("data", "teacher", "caption_tokenizer", "save_dir")
+WITHOUT_EFFECT = ("data", "teacher", "caption_tokenizer", "save_dir", "kd_cluster_centroids", "kd_vq_quantizer")
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 RUN = "run"
 CPU = "CPU"

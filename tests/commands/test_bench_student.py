@@ -19,6 +19,7 @@ from emkum.cli import main
 from emkum.commands import bench_student
 from emkum.commands.bench_student import Variant, Work, make_variants, parse_varied, write_stand_in
 from emkum.errors import UserError
+from emkum.layers.nearest_code import CodeTable
 
 pytestmark = [
     # Of fairseq, within the process of the tests.
@@ -350,6 +351,18 @@ def test_objectives_get_what_they_need(measured: Callable[..., SimpleNamespace])
     # A bank of all images of the data has a row for each that occurs.
     ids = np.concatenate([batch["id"] for update in found.updates for batch in update])
     assert sorted(set(ids)) == list(range(found.trainer.task.num_train_images))
+
+
+def test_code_tables_stand_in_for_files(measured: Callable[..., SimpleNamespace]) -> None:
+    sizes = {"kd_cluster_clusters": 9, "kd_vq_codes": 11, "kd_cluster_centroids": "not/there", "kd_vq_quantizer": "nor"}
+    found = measured(steps=1, objectives="kd_cluster,kd_vq", **sizes)
+    tables = {type(part).__name__: part for part in found.trainer.model.modules() if isinstance(part, CodeTable)}
+    # The random teacher has 6 channels.
+    assert {name: getattr(tables["NearestCode"], name).shape for name in tables["NearestCode"].names} == {
+        "weight": (16, 6), "bias": (16,), "codes": (11, 16),
+    }  # fmt: skip
+    codes = [table(found.trainer.task.teacher.targets.features) for table in tables.values()]
+    assert len(codes) == 2 and all(len(set(of_table.tolist())) > 1 for of_table in codes)
 
 
 def test_captions_that_the_recipe_cuts_shorter_are_refused(measured: Callable[..., SimpleNamespace]) -> None:
