@@ -65,7 +65,7 @@ def finished(
     folder = tmp_path_factory.mktemp("run")
     words = [f"{name}={value}" for name, value in options.items()]
     further = [f"data={scenes}", f"save_dir={folder}", "autocast=", "cpu=true"]
-    command("emkum", "train", examples / "distil_beit3.yaml", *words, *further)
+    command("emkum", "train", examples / "rows" / "36_distil_beit3.yaml", *words, *further)
     return folder
 
 
@@ -74,7 +74,7 @@ def start(examples: Path, scenes: Path, options: dict[str, Any], tmp_path: Path)
     """A function that makes a run in this process, with changed options."""
 
     def run(**changes: Any) -> Run:
-        recipe = read_recipe(examples / "distil_beit3.yaml")
+        recipe = read_recipe(examples / "rows" / "36_distil_beit3.yaml")
         base = {name: value for name, value in recipe.items() if value is not False}
         return make_run(scenes, tmp_path / "save", base | options, **({"autocast": False} | changes))
 
@@ -118,7 +118,7 @@ def test_the_checkpoint_stands_alone(finished: Path, beit3: Path, tmp_path: Path
 def test_the_parts_are_told(examples: Path, finished: Path, capsys: pytest.CaptureFixture) -> None:
     main(["model", "info", str(finished)])
     assert "BEiT3TextEncoder" in capsys.readouterr().out
-    main(["model", "info", str(examples / "distil_beit3.yaml"), "--vocab-size", "64002"])
+    main(["model", "info", str(examples / "rows" / "36_distil_beit3.yaml"), "--vocab-size", "64002"])
     told = capsys.readouterr().out
     # As counted in tests/models/test_builders.py.
     assert "43,317,504" in told and "92,121,600" in told

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "28_biased_initialization": "tests/models/test_builders.py",
     "31_without_distillation_finetuned": "tests/integration/test_finetuning.py",
     "32_retrieval_finetuning": "tests/integration/test_finetuning.py",
+    "36_distil_beit3": "tests/integration/test_distil_beit3.py",
 }
 
 
