@@ -52,6 +52,8 @@ EXTRAS = {
     "openclip": ["open_clip_torch>=3.3"],
     # k-means for `emkum fit-clusters`.
     "clusters": ["faiss-cpu>=1.9"],
+    # Sounds in FLAC, OGG or MP3 files, and WAV of floating-point numbers.
+    "sounds": ["soundfile"],
     "fsdp": ["fairscale"],
     "hub": ["huggingface_hub"],
 }

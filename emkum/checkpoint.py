@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from emkum.data.decoding import to_rgb
+from emkum.data.sounds import SoundConfig, crop_sound, stack_sounds
 from emkum.data.tokenizers import Tokenizer, encode, load_tokenizer
 from emkum.data.transforms import center_box, to_tensor
 from emkum.errors import UserError
 from emkum.models.builders import Targets, build_student
 from emkum.models.student import ImageTextStudent
 from emkum.objectives import Objective, Setting, build_objectives, objective_configs, parse_objectives, required
+from emkum.options import collect_parts
 from emkum.outputs import ModalityOutput
 from emkum.weights import read_checkpoint
 
@@ -44,7 +47,8 @@ class TextOutput:
 
 
 class ImageTextModel:
-    """Encodes images and captions into one space; the right crop and tokenizer come with it.
+    """Encodes images, captions and, where the student hears, sounds into one space; the right crop and tokenizer come
+    with it.
 
     Args:
         student: in eval mode.
@@ -53,6 +57,7 @@ class ImageTextModel:
         max_tokens: longest caption in tokens.
         device: where to run.
         objectives: by name, those that `load` was asked for, in eval mode.
+        sounds: how much of a sound is heard; None = as the options' default.
     """
 
     def __init__(
@@ -63,7 +68,9 @@ class ImageTextModel:
         max_tokens: int,
         device: str = "cpu",
         objectives: Mapping[str, Objective] | None = None,
+        sounds: SoundConfig | None = None,
     ) -> None:
+        self.sounds = sounds or SoundConfig()
         self.student = student.eval().to(device)
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -79,6 +86,22 @@ class ImageTextModel:
     def encode_text(self, texts: Sequence[str], batch_size: int = 512) -> Tensor:
         """Captions to unit vectors (n, D), float32 on the CPU."""
         return self.encode_tokens(self.tokenize(texts), batch_size)
+
+    @torch.no_grad()
+    def encode_audio(self, sounds: Sequence[np.ndarray], batch_size: int = 128) -> Tensor:
+        """Sounds, (n,) int16 at 16 kHz each, to unit vectors (n, D), float32 on the CPU.
+
+        Raises:
+            UserError: the student does not hear.
+        """
+        if self.student.audio_encoder is None:
+            raise UserError("this student was trained without --audio-encoder: it hears nothing")
+        parts = []
+        for chunk in _chunks(sounds, batch_size):
+            batch = stack_sounds([crop_sound(sound, self.sounds.max_samples) for sound in chunk])
+            output = self.student.encode_audio(batch.samples.to(self.device), batch.padding_mask.to(self.device))
+            parts.append(unit_features(output))
+        return torch.cat(parts) if parts else self._empty()
 
     def encode_crops(self, crops: Tensor) -> Tensor:
         """(B, 3, S, S) uint8, centered crops of the model's image size, to unit vectors (B, D), float32 on the CPU."""
@@ -197,7 +220,8 @@ def load(checkpoint: str | Path, device: str = "cpu", objectives: Sequence[str] 
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own options: {' '.join(str(error).split())[:300]}") from None
     size, longest = model_options["image_size"], task_options["caption_max_tokens"]
-    return ImageTextModel(student, tokenizer, size, longest, device, dict(heads.items()))
+    sounds = collect_parts({"sound": SoundConfig}, task_options)["sound"]
+    return ImageTextModel(student, tokenizer, size, longest, device, dict(heads.items()), sounds)
 
 
 def _of(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Named outputs that travel between the parts. B images, T captions, N tokens, D channels, C classes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 
@@ -31,7 +32,8 @@ class Encoded:
 
 @dataclass
 class ModalityOutput(Encoded):
-    """What the student makes of B images, or of T captions: the shared encoder's output and what heads make of its CLS.
+    """What the student makes of B images, of T captions or of B sounds: what the shared encoder gives, and what heads
+    make of its CLS token.
 
     Where no objective asks for tokens, `tokens` may be the CLS token alone, (B, 1, D), and `padding_mask` None.
 
@@ -58,6 +60,7 @@ class StudentOutput:
             no objective asks for it.
         crops: (V * B rows) of V further crops of each image, those of the first crop of all images first; None where
             no objective asks for them.
+        audio: (B rows) of each image's sound; None where none is heard.
     """
 
     image: ModalityOutput
@@ -66,6 +69,12 @@ class StudentOutput:
     masked_text: ModalityOutput | None = None
     average: "StudentOutput | None" = None
     crops: ModalityOutput | None = None
+    audio: ModalityOutput | None = None
+
+    def with_sounds_for_captions(self) -> "StudentOutput":
+        """The same, where each image's sound stands in the place of its captions; captions are not there."""
+        average = None if self.average is None else self.average.with_sounds_for_captions()
+        return replace(self, text=self.audio, audio=None, masked_text=None, average=average)
 
 
 @dataclass
@@ -119,6 +128,15 @@ class Batch:
     patch_mask: Tensor | None = None
     num_text_targets: int | None = None
     sample_ids: Tensor | None = None
+
+    def with_sounds_for_captions(self, special: Tensor) -> "Batch":
+        """The same, where each image's one sound stands in the place of its captions.
+
+        Args:
+            special: (B, N) bool, True at what is no frame of a sound: CLS and padding.
+        """
+        rows = torch.arange(len(self.image_ids), device=self.image_ids.device)
+        return replace(self, caption_image=rows, special=special, text_targets=None, num_text_targets=None)
 
     @property
     def caption_ids(self) -> Tensor:

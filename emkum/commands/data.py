@@ -184,6 +184,7 @@ def _describe_images(folder: Path, name: str, counts: dict[str, Any], wanted: in
         f"{len(samples):,} images in {_several(len(manifest.names), 'shard')}, {_bytes(sum(manifest.sizes))}",
         f"{_several(manifest.num_captions, 'caption')}, {manifest.num_captions / len(samples):.3g} an image; "
         f"{_several(manifest.num_without_caption, 'image')} without",
+        *([f"{_several(heard, 'sound')}"] if (heard := int(samples.has_sound.sum())) else []),
         *_describe_counts(counts),
         *describe_figures(figures, len(samples)),
     ]

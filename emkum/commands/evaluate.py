@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from emkum.data.shards import ShardedSamples
 
 LATE_INTERACTION = "late_interaction"
+# Pairs of senses -> what stands for images and for captions in the scores. Of text and audio it is sounds and captions,
+# since a sound may have several captions.
+PAIRS = {"image-text": ("image", "text"), "image-audio": ("image", "audio"), "text-audio": ("audio", "text")}
+IMAGE_TEXT, *_ = PAIRS
 
 
 def add_parser(commands: Any) -> None:
@@ -34,6 +38,13 @@ def add_parser(commands: Any) -> None:
     retrieval.add_argument("--split", default="test", help="split to score (default: %(default)s)")
     retrieval.add_argument("--json", help="also write the figures to this file")
     retrieval.add_argument("--batch-size", type=int, default=128, help="images encoded at once (default: %(default)s)")
+    retrieval.add_argument(
+        "--pair",
+        choices=PAIRS,
+        default=IMAGE_TEXT,
+        help="senses that are compared, for students that hear; the figures of sounds are named by a, such as i2a_r1 "
+        "(default: %(default)s)",
+    )
     retrieval.add_argument(
         "--scores",
         choices=("cls", LATE_INTERACTION),
@@ -57,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 @dataclass
 class EncodedSplit:
-    """A whole split in a student's space.
+    """A whole split in a student's space; of another pair of senses, what stands for images and captions.
 
     Attributes:
         images: (N, D) unit vectors. texts: (T, D) unit vectors.
@@ -69,20 +80,39 @@ class EncodedSplit:
     caption_image: "Tensor"
 
 
-def encode_split(model: "ImageTextModel", samples: "ShardedSamples", batch_size: int = 128) -> EncodedSplit:
-    """Encode every image and every caption of a split, with a progress bar."""
+def encode_split(
+    model: "ImageTextModel", samples: "ShardedSamples", batch_size: int = 128, pair: str = IMAGE_TEXT
+) -> EncodedSplit:
+    """Encode every image and every caption of a split, or another pair of PAIRS, with a progress bar."""
     import torch
     from tqdm import tqdm
 
     from emkum.data.decoding import decode
+    from emkum.data.sounds import decode_sound
 
+    encode = {
+        "image": lambda batch: model.encode_image([decode(sample.image) for sample in batch]),
+        "text": lambda batch: model.encode_text([caption for sample in batch for caption in sample.captions]),
+        "audio": lambda batch: model.encode_audio([decode_sound(sample.sound) for sample in batch]),
+    }
+    first, second = PAIRS[pair]
     images, texts, owners = [], [], []
     for start in tqdm(range(0, len(samples), batch_size), desc="encoding", unit="batch"):
         batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-        images.append(model.encode_image([decode(sample.image) for sample in batch]))
-        texts.append(model.encode_text([caption for sample in batch for caption in sample.captions]))
-        owners += [start + row for row, sample in enumerate(batch) for _ in sample.captions]
+        images.append(encode[first](batch))
+        texts.append(encode[second](batch))
+        repeats = [len(sample.captions) if second == "text" else 1 for sample in batch]
+        owners += [start + row for row, count in enumerate(repeats) for _ in range(count)]
     return EncodedSplit(torch.cat(images), torch.cat(texts), torch.tensor(owners))
+
+
+def _assert_pair(args: argparse.Namespace, samples: "ShardedSamples") -> None:
+    if args.pair == IMAGE_TEXT:
+        return
+    if args.scores != "cls" or args.rerank:
+        raise UserError(f"--pair {args.pair} compares features alone: leave out --scores and --rerank")
+    if not samples.has_sound.all():
+        raise UserError(f"--pair {args.pair}: split {args.split} of {args.data} has images without a sound")
 
 
 def run_retrieval(args: argparse.Namespace) -> None:
@@ -92,21 +122,27 @@ def run_retrieval(args: argparse.Namespace) -> None:
     from emkum.checkpoint import load
     from emkum.commands.retrieval_inputs import compare_split, objectives_for
     from emkum.data.shards import open_split
-    from emkum.evaluation.report import rank_summary, retrieval_table
+    from emkum.evaluation.report import named_ways, rank_summary, retrieval_table
     from emkum.evaluation.retrieval import average_median_rank, chance_recall, retrieval_metrics
 
     samples = open_split(args.data, args.split)
     if len(samples) == 0:
         raise UserError(f"split {args.split} of {args.data} has no images")
+    _assert_pair(args, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(args.checkpoint, device, objectives_for(args.scores, args.rerank))
-    compared = compare_split(model, samples, args.scores, args.rerank, args.rerank_k, args.batch_size)
+    compared = compare_split(model, samples, args.scores, args.rerank, args.rerank_k, args.batch_size, args.pair)
     pairs = compared.score, compared.caption_image, len(samples)
     metrics = retrieval_metrics(*pairs, reranking=compared.reranking)
     metrics |= average_median_rank(*pairs, reranking=compared.reranking)
     chance = chance_recall(len(samples), compared.caption_image)
-    print(retrieval_table({"chance": chance, str(args.checkpoint): metrics}))
-    print(rank_summary(metrics))
+    first, second = (sense[0] for sense in PAIRS[args.pair])
+    ways = f"{first}2{second}", f"{second}2{first}"
+    chance, metrics = named_ways(chance, ways), named_ways(metrics, ways)
+    print(retrieval_table({"chance": chance, str(args.checkpoint): metrics}, ways=ways))
+    print(rank_summary(metrics, ways))
     if args.json:
         protocol = {"scores": args.scores, "rerank": args.rerank, "split": args.split}
+        if args.pair != IMAGE_TEXT:
+            protocol["pair"] = args.pair
         write_json(args.json, metrics | protocol | ({"rerank_k": args.rerank_k} if args.rerank else {}))

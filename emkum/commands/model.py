@@ -151,11 +151,13 @@ def typed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _option_parts() -> dict[str, type]:
     from emkum.data.image_text import CaptionConfig
+    from emkum.data.sounds import SoundConfig
     from emkum.models.builders import STUDENT_PARTS
     from emkum.models.parameter_groups import FreezeConfig
     from emkum.objectives import OBJECTIVE_PARTS
 
-    return {**STUDENT_PARTS, **OBJECTIVE_PARTS, "freeze": FreezeConfig, "caption": CaptionConfig}
+    task = {"caption": CaptionConfig, "sound": SoundConfig}
+    return {**STUDENT_PARTS, **OBJECTIVE_PARTS, "freeze": FreezeConfig, **task}
 
 
 def _as(kind: type, name: str, value: Any) -> Any:
@@ -185,6 +187,7 @@ def examine(source: Source, vocab_size: int | None, tokens: int | None, batch_si
     Raises:
         UserError: the options make no student, or a checkpoint does not fit its own options.
     """
+    from emkum.data.sounds import SAMPLE_RATE
     from emkum.models.model_info import InputSizes, estimate_memory, student_flops
 
     options, notes = source.options, []
@@ -194,6 +197,7 @@ def examine(source: Source, vocab_size: int | None, tokens: int | None, batch_si
         _option(options, "image", "size"),
         tokens or _option(options, "caption", "max_tokens"),
         captions or 1,
+        0 if model["student"].audio_encoder is None else round(SAMPLE_RATE * _option(options, "sound", "max_seconds")),
     )
     assert_length(model["student"], sizes.tokens)
     if not captions:
@@ -228,7 +232,7 @@ def tell_parts(model: "nn.ModuleDict") -> "Part":
     """The student taken apart, objectives by name, and the moving average as a whole."""
     from emkum.models.model_info import Part, part_tree
 
-    levels = {"student": 2, "objectives": 1, "moving_average": 0}
+    levels = {"student": 2, "objectives": 1, "audio_objectives": 1, "moving_average": 0}
     parts = [part_tree(child, name.replace("_", " "), levels[name]) for name, child in model.items()]
     sums = (sum(getattr(part, key) for part in parts) for key in ("parameters", "trainable"))
     return Part("total", *sums, parts=tuple(part for part in parts if part.parameters))
@@ -248,7 +252,7 @@ def build(source: Source, vocab_size: int | None, notes: list[str]) -> "nn.Modul
     from emkum.models.builders import build_student
     from emkum.models.model_info import without_memory
     from emkum.models.parameter_groups import FreezeConfig, freeze
-    from emkum.objectives import build_objectives, parse_objectives
+    from emkum.objectives import build_objectives, heard_objectives, parse_objectives
     from emkum.options import collect_parts
 
     options = source.options
@@ -260,11 +264,14 @@ def build(source: Source, vocab_size: int | None, notes: list[str]) -> "nn.Modul
         if source.state is not None:
             assert_fits(student, source.state, source.name)
         freeze(student, collect_parts({"freeze": FreezeConfig}, options)["freeze"])
-        model = nn.ModuleDict({"student": student, "objectives": nn.ModuleDict()})
-        for name in names:
+        groups = {"objectives": names}
+        if student.audio_encoder is not None:
+            groups["audio_objectives"] = heard_objectives(names)
+        model = nn.ModuleDict({"student": student, **{group: nn.ModuleDict() for group in groups}})
+        for group, name in ((group, name) for group, chosen in groups.items() for name in chosen):
             try:
                 setting = _setting(student, targets, vocab_size)
-                model["objectives"].update(build_objectives([name], options, setting))
+                model[group].update(build_objectives([name], options, setting))
             except UserError as error:
                 notes.append(f"left out: {error.message}")
         decay = options.get("average_decay") or 0.0

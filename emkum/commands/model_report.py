@@ -43,6 +43,7 @@ def report_lines(report: Report) -> Iterator[str]:
     yield "\noperations of a forward (a multiplication and an addition count as two)"
     side, tokens = report.sizes.image_size, report.sizes.tokens
     inputs = {"image": f"image of {side} x {side} pixels", "caption": f"caption of {tokens} tokens"}
+    inputs["sound"] = f"sound of {report.sizes.samples:,} samples"
     yield from _aligned({inputs[kind]: f"{count / 1e9:,.3f} GFLOPs" for kind, count in report.flops.items()})
     each = "1 caption" if report.sizes.captions == 1 else f"{report.sizes.captions} captions"
     yield (

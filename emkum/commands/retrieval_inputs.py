@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from emkum.checkpoint import ImageTextModel, TextOutput, unit_features
-from emkum.commands.evaluate import LATE_INTERACTION, encode_split
+from emkum.commands.evaluate import IMAGE_TEXT, LATE_INTERACTION, encode_split
 from emkum.data.shards import ShardedSamples
 from emkum.evaluation.objective_scores import match_scores, token_scores
 from emkum.evaluation.pair_scores import Match, Score, cosine_scores
@@ -50,6 +50,7 @@ def compare_split(
     rerank: str | None = None,
     rerank_k: int = 16,
     batch_size: int = 128,
+    pair: str = IMAGE_TEXT,
 ) -> ComparedSplit:
     """Read a split once, for scores and for what orders candidates anew.
 
@@ -58,11 +59,12 @@ def compare_split(
         samples: the split.
         scores, rerank, rerank_k: options of `emkum evaluate retrieval`.
         batch_size: images encoded at once.
+        pair: senses that are compared; another than images and text by their features alone.
     """
     tokens = TokenReader(model.objectives[CMLI]) if scores == LATE_INTERACTION else None
     pairs = MatchReader(model.objectives[ITM]) if rerank == ITM else None
     readers = [reader for reader in (tokens, pairs) if reader is not None]
-    encoded = encode_split(ReadModel(model, readers), samples, batch_size)
+    encoded = encode_split(ReadModel(model, readers) if readers else model, samples, batch_size, pair)
     images, texts = encoded.images.to(model.device), encoded.texts.to(model.device)
     return ComparedSplit(
         cosine_scores(images, texts) if tokens is None else tokens.score(),

@@ -12,13 +12,21 @@ from emkum.data.augment import Augment, MultiCrop, augmented_views, generator
 from emkum.data.masking import IGNORE, BlockMasking, MaskedText, TextMaskingConfig, mask_text
 from emkum.data.mixture import MixedSamples
 from emkum.data.shards import ShardedSamples
+from emkum.data.sounds import SoundConfig, crop_sound, decode_sound, stack_sounds
 from emkum.data.tokenizers import PAD, Tokenizer, encode
 from emkum.data.transforms import CropRow, ImageTransform, crop_rows, stack_crops
 from emkum.errors import UserError
 
 # Streams of randomness of one sample; each derives from (seed, stream, epoch or view, index) alone, so that a resumed
 # or differently sharded run sees the same crops, captions and masks.
-_CROP_STREAM, _CAPTION_STREAM, _TEXT_MASK_STREAM, _PATCH_MASK_STREAM, _FURTHER_CROP_STREAM = range(5)
+(
+    _CROP_STREAM,
+    _CAPTION_STREAM,
+    _TEXT_MASK_STREAM,
+    _PATCH_MASK_STREAM,
+    _FURTHER_CROP_STREAM,
+    _SOUND_STREAM,
+) = range(6)
 
 
 @dataclass
@@ -76,6 +84,7 @@ class ImageTextItem:
         masked_captions: of each caption, the ids with some masked and what is to be predicted; None without masking.
         patch_mask: (H, W) bool, True where a patch is masked; None without masking.
         crops: further crops of the image, (3, S, S) uint8 each; None where there are none.
+        sound: (n,) int16 samples at 16 kHz; None where sounds are not read.
     """
 
     id: int
@@ -89,6 +98,7 @@ class ImageTextItem:
     masked_captions: list[MaskedText] | None = None
     patch_mask: np.ndarray | None = None
     crops: list[Tensor] | None = None
+    sound: np.ndarray | None = None
 
 
 class ImageTextDataset(torch.utils.data.Dataset):
@@ -111,6 +121,10 @@ class ImageTextDataset(torch.utils.data.Dataset):
         text_masking, patch_masking: masks to draw for each caption and image; None = none.
         multi_crop: further crops, of the student's size, mirrored and augmented as its first one; new ones each epoch,
             whatever `num_views` is; None = none.
+        sounds: read each image's sound, too, and how much of it; None = no sounds.
+
+    Raises:
+        UserError: sounds are to be read, and a sample has none.
     """
 
     def __init__(
@@ -130,7 +144,15 @@ class ImageTextDataset(torch.utils.data.Dataset):
         teacher_tokenizer: Tokenizer | None = None,
         teacher_max_tokens: int = 0,
         multi_crop: MultiCropConfig | None = None,
+        sounds: SoundConfig | None = None,
     ) -> None:
+        if sounds is not None and not samples.has_sound.all():
+            without = int((~samples.has_sound).sum())
+            raise UserError(
+                f"split {split} has {without:,} of {len(samples):,} images without a sound; prepare it with --sounds, "
+                "or train without --audio-encoder"
+            )
+        self.sounds = sounds
         self.samples = samples
         self.split = split
         self.tokenizer = tokenizer
@@ -186,10 +208,16 @@ class ImageTextDataset(torch.utils.data.Dataset):
                 limit = self.teacher_max_tokens
                 item.teacher_captions = [encode(self.teacher_tokenizer, text, limit) for text in texts]
             self._mask(item)
+            if self.sounds is not None:
+                item.sound = self._sound(number, sample.sound)
             if self.further_crops is not None:
                 item.crops = self.further_crops(sample.image, self._generator(_FURTHER_CROP_STREAM, number))
             items.append(item)
         return items
+
+    def _sound(self, index: int, data: bytes) -> np.ndarray:
+        rng = self._generator(_SOUND_STREAM, index) if self.transform.random else None
+        return crop_sound(decode_sound(data), self.sounds.max_samples, rng)
 
     def _further_crops(self, config: MultiCropConfig) -> MultiCrop | None:
         if config.number == 0:
@@ -284,7 +312,8 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
         id, view: (B,) int64. split: name of the split. teacher_image: (B, 3, S_t, S_t) uint8 or None.
         teacher_text: (T, L_t) int64, teacher_padding_mask: (T, L_t) bool, or None both.
         net_input: image (B, 3, S, S) uint8; text (T, L) int64; padding_mask (T, L) bool, True at padding; groups
-        [(captions, length), ...]; image_ids (B,) int64; caption_image (T,) int64, the row of each caption's image.
+        [(captions, length), ...]; image_ids (B,) int64; caption_image (T,) int64, the row of each caption's image;
+        where sounds are read audio (B, L_a) int16 and audio_padding_mask (B, L_a) bool.
         masked_text, masked_text_targets: (T, L) int64 or None, with IGNORE where nothing is to be predicted.
         patch_mask: (B, H, W) bool, True where masked, or None.
         num_text_targets: how many tokens are to be predicted, or None.
@@ -326,10 +355,18 @@ def collate(items: list[ImageTextItem], num_groups: int = 1, pad: int = PAD, tea
             **{name: tensors[name] for name in _INPUT},
             "image": stack_crops([item.image for item in items]),
             "groups": groups,
+            **_sounds_of(items),
         },
         "nsentences": len(items),
         "ntokens": int(lengths.sum()),
     }
+
+
+def _sounds_of(items: list[ImageTextItem]) -> dict[str, Tensor]:
+    if items[0].sound is None:
+        return {}
+    batch = stack_sounds([item.sound for item in items])
+    return {"audio": batch.samples, "audio_padding_mask": batch.padding_mask}
 
 
 def _by_view(crops: list[list[Tensor]]) -> list[Tensor]:

@@ -44,6 +44,11 @@ class MixedSamples:
         """(len,) uint16, mean characters of each sample's captions."""
         return np.concatenate([part.caption_lengths for part in self.parts])
 
+    @property
+    def has_sound(self) -> np.ndarray:
+        """(len,) bool, whether each sample has a sound."""
+        return np.concatenate([part.has_sound for part in self.parts])
+
     def content_hash(self) -> str:
         """SHA-256 (hex) of the sets' own hashes; of one set, its own."""
         hashes = [part.content_hash() for part in self.parts]
@@ -74,6 +79,11 @@ class ReducedSamples:
     def caption_lengths(self) -> np.ndarray:
         """(len,) uint16, mean characters of each sample's captions."""
         return self._samples.caption_lengths[self._rows]
+
+    @property
+    def has_sound(self) -> np.ndarray:
+        """(len,) bool, whether each sample has a sound."""
+        return self._samples.has_sound[self._rows]
 
     def content_hash(self) -> str:
         """That of the whole split, which is what targets are cached for."""

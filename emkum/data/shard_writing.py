@@ -22,6 +22,7 @@ from emkum.data.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
     OWN_JSON,
+    SOUND_INDEX_DTYPE,
     ShardManifest,
 )
 from emkum.errors import UserError
@@ -29,7 +30,7 @@ from emkum.files import replaced_file, staged_directory
 from emkum.provenance import write_json
 
 # A part's records also tell equal names and equal images apart.
-PART_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("key_hash", "<u8"), ("content_hash", "<u8")])
+PART_DTYPE = np.dtype([*SOUND_INDEX_DTYPE.descr, ("key_hash", "<u8"), ("content_hash", "<u8")])
 # Image id of a sample whose set has none: its number in the whole set takes its place.
 NO_ID = -1
 
@@ -89,6 +90,7 @@ class TarPart:
         meta: Mapping[str, Any] | None = None,
         image_id: int | None = None,
         fingerprint: int | None = None,
+        sound: bytes = b"",
     ) -> None:
         """Append one sample.
 
@@ -100,6 +102,7 @@ class TarPart:
             meta: further JSON values for the sample.
             image_id: None = the number of the sample.
             fingerprint: `content_hash` of what makes two images equal; None = of `image`.
+            sound: WAV file of `emkum.data.sounds`; empty = none.
 
         Raises:
             UserError: the key is malformed or was added before; the id is negative or above 2**31 - 1.
@@ -122,6 +125,7 @@ class TarPart:
         if captions:
             self._append(f"{key}.txt", captions[0].encode())
         text_offset = self._append(f"{key}.json", text)
+        sound_offset = self._append(f"{key}.wav", sound) if sound else 0
         self._keys.add(key)
         self._records.append(
             make_record(
@@ -132,6 +136,7 @@ class TarPart:
                 self.shard,
                 content_hash(key.encode()),
                 content_hash(image) if fingerprint is None else fingerprint,
+                (sound_offset, sound),
             )
         )
 
@@ -154,6 +159,7 @@ def make_record(
     shard: int,
     key_hash: int,
     fingerprint: int,
+    sound: tuple[int, bytes] = (0, b""),
 ) -> tuple[int, ...]:
     """One record of PART_DTYPE.
 
@@ -164,6 +170,7 @@ def make_record(
         image_id: or NO_ID.
         shard: number.
         key_hash, fingerprint: what tells names and images apart.
+        sound: offset and content; empty where there is none.
     """
     mean_length = round(sum(map(len, captions)) / len(captions)) if captions else 0
     return (
@@ -177,6 +184,9 @@ def make_record(
         text[2],
         min(len(captions), 65_535),
         min(mean_length, 65_535),
+        sound[0] // tarfile.BLOCKSIZE,
+        len(sound[1]),
+        zlib.crc32(sound[1]),
         key_hash,
         fingerprint,
     )
@@ -262,15 +272,17 @@ def _write_split(
     directory.mkdir(exist_ok=True)
     digest = hashlib.sha256()
     captions = without = row = position = 0
-    header = np.lib.format.header_data_from_array_1_0(np.empty(0, INDEX_DTYPE)) | {"shape": (int(kept.sum()),)}
+    heard = any(_column(part, "sound_length").any() for part in split.parts)
+    dtype = SOUND_INDEX_DTYPE if heard else INDEX_DTYPE
+    header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype)) | {"shape": (int(kept.sum()),)}
     # Written piece by piece: of a mapped file, a full disk would be told by a signal that ends the process.
     with replaced_file(directory / INDEX_NAME) as temporary, open(temporary, "wb") as index:
         np.lib.format.write_array_header_1_0(index, header)
         for path in split.parts:
             part = np.load(path, allow_pickle=False)
             chosen = kept[position : position + len(part)]
-            records = np.empty(int(chosen.sum()), dtype=INDEX_DTYPE)
-            for name in INDEX_DTYPE.names:
+            records = np.empty(int(chosen.sum()), dtype=dtype)
+            for name in dtype.names:
                 records[name] = part[name][chosen]
             records["image_id"] = ids[position : position + len(part)][chosen]
             index.write(content := records.tobytes())
@@ -332,6 +344,7 @@ class ShardWriter:
         captions: Sequence[str],
         meta: Mapping[str, Any] | None = None,
         image_id: int | None = None,
+        sound: bytes = b"",
     ) -> None:
         """Append one sample; see `TarPart.add`. The key must be unique in the split."""
         if key in self._keys:
@@ -340,7 +353,7 @@ class ShardWriter:
             number = len(self._shards)
             self._shards.append(f"{number:06d}.tar")
             self._part = TarPart(self._stage / self._shards[-1], number).__enter__()
-        self._part.add(key, image, suffix, captions, meta, image_id)
+        self._part.add(key, image, suffix, captions, meta, image_id, sound=sound)
         self._keys.add(key)
         self.num_samples += 1
         if len(self._part) == self.samples_per_shard:

@@ -2,12 +2,12 @@
 
 A split is a folder with `index.npy` and `shards.json`, and with its tars (`000000.tar`, ...) where they were written
 for it; tars that were there before, such as img2dataset's, stay where they are and `shards.json` names their folder. A
-sample KEY has members that follow one another: `KEY.jpg` (or another image suffix), `KEY.txt` (its caption) and
-`KEY.json`. In the JSON that `ShardWriter` writes, {"key", "captions", further meta}, all captions are; foreign ones
-give one caption, from KEY.txt or else the JSON's "caption".
+sample KEY has members that follow one another: `KEY.jpg` (or another image suffix), `KEY.txt` (its caption),
+`KEY.json`, and `KEY.wav` where it has a sound. In the JSON that `ShardWriter` writes, {"key", "captions", further
+meta}, all captions are; foreign ones give one caption, from KEY.txt or else the JSON's "caption".
 
-The index has one record a sample (`INDEX_DTYPE`) and is memory-mapped, so that opening a split costs the same for a
-thousand as for ten million samples.
+The index has one record a sample (`INDEX_DTYPE`; `SOUND_INDEX_DTYPE` where samples have sounds) and is memory-mapped,
+so that opening a split costs the same for a thousand as for ten million samples.
 """
 
 import io
@@ -52,12 +52,17 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
+# Of a split with sounds; a sample without one has length 0. The checksum is the sound's own.
+SOUND_INDEX_DTYPE = np.dtype(
+    [*INDEX_DTYPE.descr, ("sound_block", "<i4"), ("sound_length", "<i4"), ("sound_checksum", "<u4")]
+)
+
 # More shards than this are closed, least recently used first: below the usual limit of 1,024 open files.
 _MAX_OPEN_SHARDS = 256
 
 
 class ShardSample(NamedTuple):
-    """One image and its captions.
+    """One image with its captions, and its sound where it has one.
 
     Attributes:
         key: name in its shard.
@@ -65,6 +70,7 @@ class ShardSample(NamedTuple):
         captions: in their order; may be empty.
         image_id: equal for equal images.
         meta: what else the JSON member holds.
+        sound: a WAV file, see `emkum.data.sounds`; empty bytes where a sample has none.
     """
 
     key: str
@@ -72,6 +78,7 @@ class ShardSample(NamedTuple):
     captions: tuple[str, ...]
     image_id: int
     meta: dict[str, Any]
+    sound: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -156,19 +163,29 @@ class ShardedSamples:
             raise IndexError(f"sample {index} of {len(self)}")
         # One conversion of the whole record is faster than reading its fields one by one.
         record = self._index[position].item()
-        image_block, image_length, text_block, text_length, image_id, shard, checksum, kind, *_ = record
+        image_block, image_length, text_block, text_length, image_id, shard, checksum, kind, _, _, *heard = record
         file = self._open(shard)
         offset = image_block * tarfile.BLOCKSIZE
         image = file.read(offset, image_length)
         text = file.read(text_block * tarfile.BLOCKSIZE, text_length)
         if zlib.crc32(text, zlib.crc32(image)) != checksum:
-            path = self._folder / self.manifest.names[shard]
-            raise UserError(f"{path} is damaged at sample {position}: prepare the data again")
+            raise self._damaged(shard, position)
         if kind == OWN_JSON:
             meta = json.loads(text)
-            return ShardSample(meta.pop("key"), image, tuple(meta.pop("captions")), image_id, meta)
+            sound = self._sound(shard, position, *heard) if heard else b""
+            return ShardSample(meta.pop("key"), image, tuple(meta.pop("captions")), image_id, meta, sound)
         captions, meta = foreign_captions(kind, text)
         return ShardSample(_foreign_key(file, offset), image, captions, image_id, meta)
+
+    def _sound(self, shard: int, position: int, block: int, length: int, checksum: int) -> bytes:
+        sound = self._open(shard).read(block * tarfile.BLOCKSIZE, length)
+        if zlib.crc32(sound) != checksum:
+            raise self._damaged(shard, position)
+        return sound
+
+    def _damaged(self, shard: int, position: int) -> UserError:
+        path = self._folder / self.manifest.names[shard]
+        return UserError(f"{path} is damaged at sample {position}: prepare the data again")
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -184,6 +201,13 @@ class ShardedSamples:
     def caption_lengths(self) -> np.ndarray:
         """(len,) uint16, mean characters of each sample's captions; a read-only view of the index."""
         return self._index["caption_length"]
+
+    @property
+    def has_sound(self) -> np.ndarray:
+        """(len,) bool, whether each sample has a sound."""
+        if self._index.dtype == INDEX_DTYPE:
+            return np.zeros(len(self), dtype=bool)
+        return self._index["sound_length"] > 0
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the index, which holds a checksum of each sample's bytes."""
@@ -262,7 +286,7 @@ def _load_index(directory: Path, manifest: ShardManifest) -> np.ndarray:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError):
         raise UserError(f"{path} is missing or not an index of tar shards: prepare the data again") from None
-    if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,) or len(index) == 0:
+    if index.dtype not in (INDEX_DTYPE, SOUND_INDEX_DTYPE) or index.shape != (manifest.num_samples,) or len(index) == 0:
         raise UserError(f"{path} is empty, of another version or not that of {MANIFEST_NAME}: prepare the data again")
     # A plain array over the mapped memory: fields of it are arrays too, without memmap's cost on each access.
     return index.view(np.ndarray)

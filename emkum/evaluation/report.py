@@ -5,16 +5,8 @@ from typing import Any
 
 CHANCE = "chance"
 
-RETRIEVAL_COLUMNS = {
-    "name": "",
-    "i2t_r1": "i2t R@1",
-    "i2t_r5": "R@5",
-    "i2t_r10": "R@10",
-    "t2i_r1": "t2i R@1",
-    "t2i_r5": "R@5",
-    "t2i_r10": "R@10",
-    "mean_recall": "mean",
-}
+# What the two directions of retrieval are called, images to captions first.
+WAYS = ("i2t", "t2i")
 
 
 def format_table(
@@ -44,26 +36,42 @@ def format_table(
     return "\n".join(_markdown(head, cells, widths, right) if markdown else _plain(head, cells, widths, right))
 
 
-def retrieval_table(results: Mapping[str, Mapping[str, Any]], markdown: bool = False) -> str:
+def named_ways(metrics: Mapping[str, Any], ways: Sequence[str]) -> dict[str, Any]:
+    """Figures of retrieval, whose names begin with one of WAYS, by the names of other directions."""
+    names = dict(zip(WAYS, ways, strict=True))
+    renamed = {}
+    for key, value in metrics.items():
+        way, mark, figure = key.partition("_")
+        renamed[names.get(way, way) + mark + figure] = value
+    return renamed
+
+
+def retrieval_table(
+    results: Mapping[str, Mapping[str, Any]], markdown: bool = False, ways: Sequence[str] = WAYS
+) -> str:
     """Retrieval results by name, as `recall_metrics` returns them, in percent.
 
     Args:
         results: metrics by the name of a model; the entry "chance", where there is one, comes first.
         markdown: as for `format_table`.
+        ways: what the directions are called.
     """
+    recalls = {f"{way}_r{k}": f"{way} R@{k}" if k == 1 else f"R@{k}" for way in ways for k in (1, 5, 10)}
+    columns = {"name": "", **recalls, "mean_recall": "mean"}
     names = sorted(results, key=lambda name: name != CHANCE)
-    return format_table([{"name": name, **results[name]} for name in names], RETRIEVAL_COLUMNS, markdown=markdown)
+    return format_table([{"name": name, **results[name]} for name in names], columns, markdown=markdown)
 
 
-def rank_summary(metrics: Mapping[str, Any]) -> str:
+def rank_summary(metrics: Mapping[str, Any], ways: Sequence[str] = WAYS) -> str:
     """Two lines to stand below `retrieval_table`.
 
     Args:
         metrics: of `retrieval_metrics` and `average_median_rank`.
+        ways: what the directions are called.
     """
 
     def both(figure: str) -> str:
-        return f"i2t {metrics[f'i2t_{figure}']:.1f}, t2i {metrics[f't2i_{figure}']:.1f}"
+        return ", ".join(f"{way} {metrics[f'{way}_{figure}']:.1f}" for way in ways)
 
     drawn = f"{metrics['average_median_rank_draws']} x {metrics['average_median_rank_images']:,} pairs"
     return (

@@ -1,4 +1,4 @@
-"""Position embeddings that both modalities share."""
+"""Position embeddings that all modalities share."""
 
 import torch
 from torch import Tensor, nn

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-IMAGE, TEXT = 0, 1
+IMAGE, TEXT, AUDIO = range(3)
 
 
 class TokenTypes(nn.Module):
@@ -11,17 +11,18 @@ class TokenTypes(nn.Module):
 
     Args:
         width: channels D.
-        layer_scale: initial scale, shared by both types; None = no scaling.
+        layer_scale: initial scale, shared by all types; None = no scaling.
+        count: types; the third one is sounds'.
     """
 
-    def __init__(self, width: int, layer_scale: float | None = 1e-5) -> None:
+    def __init__(self, width: int, layer_scale: float | None = 1e-5, count: int = 2) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(2, width)
+        self.embedding = nn.Embedding(count, width)
         nn.init.trunc_normal_(self.embedding.weight, std=0.02)
         self.scale = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(self, tokens: Tensor, token_type: int) -> Tensor:
-        """(B, N, D) plus the vector of `token_type` (IMAGE or TEXT)."""
+        """(B, N, D) plus the vector of `token_type` (IMAGE, TEXT or AUDIO)."""
         vector = self.embedding.weight[token_type]
         return tokens + (vector if self.scale is None else vector * self.scale)
 

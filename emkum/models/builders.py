@@ -1,7 +1,7 @@
 """From options to the student. Configs stop here: the parts themselves take plain arguments."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,12 @@ from emkum.models.encoder import Encoder
 from emkum.models.encoder_builders import (
     ATTENTIONS,
     SIZES,
+    AudioEncoderConfig,
     EncoderSetting,
     ImageEncoderConfig,
     Size,
     TextEncoderConfig,
+    build_audio_encoder,
     build_image_encoder,
     build_text_encoder,
 )
@@ -132,6 +134,7 @@ STUDENT_PARTS: dict[str, type] = {
     "student": StudentConfig,
     "image": ImageEncoderConfig,
     "text": TextEncoderConfig,
+    "audio": AudioEncoderConfig,
     "shared": SharedEncoderConfig,
     "token_type": TokenTypeConfig,
     "position": PositionConfig,
@@ -182,26 +185,25 @@ def build_student(
     size = size_of(parts["student"])
     shared = parts["shared"]
     layers = shared.layers or size.shared_layers
-    image_encoder, text_encoder, sources = _encoders(parts, size, layers, vocab_size, pretrained, pad_index)
-    width = shared.width or image_encoder.width
-    for encoder in (image_encoder, text_encoder):
+    encoders, sources = _encoders(parts, size, layers, vocab_size, pretrained, pad_index)
+    width = shared.width or encoders["image"].width
+    for encoder in encoders.values():
         encoder.checkpoint_activations = parts["student"].checkpoint_activations
     heads = _heads(shared, width, size)
-    if sources and (own := {"image": image_encoder, "text": text_encoder}[shared.init].num_heads) != heads:
+    if sources and (own := encoders[shared.init].num_heads) != heads:
         raise UserError(
             f"--shared-init {shared.init}: that model has {own} attention heads (--shared-heads), not {heads}"
         )
     shared_encoder = _shared_encoder(parts, width, layers, heads, targets.cls_attention)
     for block, state in zip(shared_encoder.blocks if sources else (), sources, strict=True):
         _copy_block(block, state, f"--shared-init {shared.init}")
-    before, after = _additions(parts, image_encoder, text_encoder, width)
+    before, after = _additions(parts, list(encoders.values()), width)
+    kind = parts["projection"].kind
     return ImageTextStudent(
-        image_encoder=image_encoder,
-        text_encoder=text_encoder,
+        **{f"{name}_encoder": encoder for name, encoder in encoders.items()},
+        **{f"{name}_projection": _projection(kind, encoder.width, width) for name, encoder in encoders.items()},
         shared_encoder=shared_encoder,
-        image_projection=_projection(parts["projection"].kind, image_encoder.width, width),
-        text_projection=_projection(parts["projection"].kind, text_encoder.width, width),
-        heads=_build_heads(parts["head"], width, targets),
+        heads=_build_heads(parts["head"], width, targets, len(encoders)),
         width=width,
         before=before,
         after=after,
@@ -252,16 +254,16 @@ def size_of(config: StudentConfig) -> Size:
     width, heads = config.width or named.width, config.heads or named.heads
     if width < 1 or heads < 1 or width % heads:
         raise UserError(f"--student-width {width} is no multiple of --student-heads {heads}")
-    return Size(width, heads, named.layers, named.prenet_layers, named.shared_layers)
+    return replace(named, width=width, heads=heads)
 
 
 def _encoders(
     parts: Mapping[str, Any], size: Size, shared_layers: int, vocab_size: int, pretrained: bool, pad_index: int
-) -> tuple[Encoder, Encoder, list[Mapping[str, torch.Tensor]]]:
-    """Both encoders, and the pretrained layers that the shared encoder starts from."""
+) -> tuple[dict[str, Encoder], list[Mapping[str, torch.Tensor]]]:
+    """Encoders by modality, images' first, and the pretrained layers that the shared encoder starts from."""
     position, source = parts["position"], parts["shared"].init
     fused = parts["student"].attention == "fused"
-    # One table for both stands instead of the encoders' own positions, wherever it is added.
+    # One table for all stands instead of the encoders' own positions, wherever it is added.
     own = position.kind == "mixed"
     further = {"image": 0, "text": 0}
     if source != "random" and pretrained:
@@ -279,7 +281,9 @@ def _encoders(
             kept = encoders[name].num_layers - count
             states = [encoders[name].block_state(kept + index) for index in range(count)]
             encoders[name].drop_last_blocks(count)
-    return encoders["image"], encoders["text"], states
+    # Behind the others, so that these draw the same random weights whether the student hears or not.
+    audio = build_audio_encoder(parts["audio"], EncoderSetting(size, own, fused, pretrained))
+    return encoders if audio is None else encoders | {"audio": audio}, states
 
 
 def _heads(config: SharedEncoderConfig, width: int, size: Size) -> int:
@@ -326,28 +330,27 @@ def _copy_block(block: nn.Module, state: Mapping[str, torch.Tensor], option: str
 
 
 def _additions(
-    parts: Mapping[str, Any], image_encoder: Encoder, text_encoder: Encoder, width: int
+    parts: Mapping[str, Any], encoders: list[Encoder], width: int
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """What is added to tokens before the encoders and behind them."""
+    """What is added to tokens before the encoders, of which the images' is the first, and behind them."""
     position, token_type = parts["position"], parts["token_type"]
     makers: dict[str, tuple[str, Any]] = {}
     if position.kind != "mixed":
-        rows = max(count_image_tokens(image_encoder), parts["text"].max_positions)
+        rows = max(count_image_tokens(encoders[0]), parts["text"].max_positions)
         makers["positions"] = (
             position.place,
             partial(SharedPositions, rows, learned=position.kind == "learned", scale=position.scale),
         )
     if token_type.place != "none":
         scale = token_type.layer_scale if token_type.layer_scale > 0 else None
-        makers["token_types"] = token_type.place, partial(TokenTypes, layer_scale=scale)
+        makers["token_types"] = token_type.place, partial(TokenTypes, layer_scale=scale, count=len(encoders))
     made: dict[str, dict[str, nn.Module]] = {place: {} for place in PLACES}
     for name, (place, make) in makers.items():
-        if place == "before" and image_encoder.width != text_encoder.width:
+        widths = list(dict.fromkeys(encoder.width for encoder in encoders))
+        if place == "before" and len(widths) > 1:
             option = {"positions": "--position-place", "token_types": "--token-type-place"}[name]
-            raise UserError(
-                f"{option} before needs encoders of one width; they have {image_encoder.width} and {text_encoder.width}"
-            )
-        made[place][name] = make(width=image_encoder.width if place == "before" else width)
+            raise UserError(f"{option} before needs encoders of one width; they have {' and '.join(map(str, widths))}")
+        made[place][name] = make(width=widths[0] if place == "before" else width)
     return made["before"], made["after"]
 
 
@@ -360,7 +363,7 @@ def _projection(kind: str, width_in: int, width_out: int) -> nn.Module:
     return projection
 
 
-def _build_heads(config: HeadConfig, width: int, targets: Targets) -> Heads:
+def _build_heads(config: HeadConfig, width: int, targets: Targets, modalities: int) -> Heads:
     contrast_width = config.itc_width or width
     if config.itc == "none" and contrast_width != width:
         raise UserError(f"--head-itc-width {config.itc_width} needs --head-itc linear")
@@ -377,7 +380,7 @@ def _build_heads(config: HeadConfig, width: int, targets: Targets) -> Heads:
     if target is not None:
         prediction = nn.Identity() if config.kd == "none" else _norm_and_linear(width, target or width)
     logits = None if targets.logits is None else _norm_and_linear(width, targets.logits)
-    return Heads((contrast(), contrast()), prediction, logits)
+    return Heads(tuple(contrast() for _ in range(modalities)), prediction, logits)
 
 
 def _norm_and_linear(width: int, width_out: int) -> nn.Module:

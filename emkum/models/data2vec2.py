@@ -44,24 +44,33 @@ class FusedAttention(nn.Module):
         self.proj_drop = stock.proj_drop
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, alibi_bias: Tensor | None = None) -> Tensor:
-        """(B, N, D) to (B, N, D); `padding_mask` (B, N) is True at padding, False at least once a row."""
-        if alibi_bias is not None:
-            raise ValueError("FusedAttention has no position biases; build the encoder with fused_attention=False")
+        """(B, N, D) to (B, N, D).
+
+        Args:
+            x: tokens.
+            padding_mask: (B, N), True at padding, False at least once a row.
+            alibi_bias: (1 or B, heads, N, N), added to the scaled products of queries and keys.
+        """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D / heads) each
-        visible = None if padding_mask is None else ~padding_mask[:, None, None].bool()
-        x = self._attend(query, key, value, visible)
+        mask = None if padding_mask is None else ~padding_mask[:, None, None].bool()
+        if alibi_bias is not None:
+            bias = alibi_bias.to(query.dtype)
+            mask = bias.expand(len(x), -1, -1, -1) if mask is None else bias.masked_fill(~mask, float("-inf"))
+        x = self._attend(query, key, value, mask)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
         if query.dtype == torch.bfloat16 and query.device.type == "cpu":
             # The CPU kernel's backward pass is up to three times slower in bfloat16 than in float32.
             with torch.autocast("cpu", enabled=False):
                 query, key, value = query.float(), key.float(), value.float()
-                attended = F.scaled_dot_product_attention(query, key, value, visible, dropout, scale=self.scale)
+                if mask is not None and mask.is_floating_point():
+                    mask = mask.float()
+                attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scale)
             return attended.bfloat16()
-        return F.scaled_dot_product_attention(query, key, value, visible, dropout, scale=self.scale)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,7 +79,7 @@ class FusedAttention(nn.Module):
 
 
 class Data2Vec2Encoder(Encoder):
-    """What both modalities share: prenet blocks inside the modality encoder, then main blocks, all post-norm."""
+    """What all modalities share: prenet blocks inside the modality encoder, then main blocks, all post-norm."""
 
     modality: str
 
@@ -112,7 +121,7 @@ class Data2Vec2Encoder(Encoder):
             end_of_block: False = output of the block's MLP before residual and norm, which the released image and text
                 models predict and fairseq calls `layer_results`; True = output of the block.
         """
-        states = self._outputs_and_targets(self.embed(inputs), padding_mask)
+        states = self._outputs_and_targets(self.embed(inputs), self.token_padding(padding_mask))
         return [output if end_of_block else target for output, target in states]
 
     def block_state(self, index: int) -> dict[str, Tensor]:
@@ -130,12 +139,22 @@ class Data2Vec2Encoder(Encoder):
 
     def _outputs_and_targets(self, tokens: Tensor, padding_mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each block's output and its MLP's output, (B, N, D) both."""
-        tokens = self._before_blocks(tokens)
+        tokens = self._before_blocks(tokens, padding_mask)
+        bias = self._position_bias(tokens, padding_mask)
+        if bias is not None:
+            padding_mask = None
         for block in self.all_blocks():
-            tokens, target = self._call(block, tokens, padding_mask)
+            tokens, target = self._call(block, tokens, padding_mask, bias)
             yield tokens, target
 
-    def _before_blocks(self, tokens: Tensor) -> Tensor:
+    def _position_bias(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+        """(1 or B, heads, N, N), what is added to attention's products, -inf at padding; None = nothing.
+
+        It is made once for all blocks, for it may be larger than what they keep.
+        """
+        return None
+
+    def _before_blocks(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
         context = self._context
         return context.dropout(tokens if context.norm is None else context.norm(tokens))
 
@@ -187,7 +206,7 @@ class Data2Vec2ImageEncoder(Data2Vec2Encoder):
         super().__init__()
         images = data2vec2_module("models.modalities.images")
         norm_layer = partial(nn.LayerNorm, eps=norm_eps)
-        make_block = _block_factory(embed_dim, num_heads, mlp_ratio, dropout, attention_dropout, norm_layer)
+        make_block = block_factory(embed_dim, num_heads, mlp_ratio, dropout, attention_dropout, norm_layer)
         config = images.D2vImageConfig(
             input_size=input_size,
             patch_size=patch_size,
@@ -276,7 +295,7 @@ class Data2Vec2TextEncoder(Data2Vec2Encoder):
         super().__init__()
         text = data2vec2_module("models.modalities.text")
         norm_layer = partial(nn.LayerNorm, eps=norm_eps)
-        make_block = _block_factory(embed_dim, num_heads, mlp_ratio, dropout, attention_dropout, norm_layer)
+        make_block = block_factory(embed_dim, num_heads, mlp_ratio, dropout, attention_dropout, norm_layer)
         config = text.D2vTextConfig(
             max_source_positions=max_positions,
             no_token_positional_embeddings=not own_positions,
@@ -317,12 +336,12 @@ class Data2Vec2TextEncoder(Data2Vec2Encoder):
         """The word embedding."""
         return [self.modality_encoders[self.modality].local_encoder.embed_tokens.weight]
 
-    def _before_blocks(self, tokens: Tensor) -> Tensor:
+    def _before_blocks(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
         local = self.modality_encoders[self.modality].local_encoder
-        return super()._before_blocks(local.dropout_module(local.layernorm_embedding(tokens)))
+        return super()._before_blocks(local.dropout_module(local.layernorm_embedding(tokens)), padding_mask)
 
 
-def _block_factory(
+def block_factory(
     dim: int,
     num_heads: int,
     mlp_ratio: float,
@@ -330,6 +349,11 @@ def _block_factory(
     attention_dropout: float,
     norm_layer: Callable[[int], nn.Module],
 ) -> Callable[..., nn.Module]:
+    """What makes fairseq's post-norm block, from a stochastic depth rate.
+
+    Raises:
+        UserError: the heads do not divide the width.
+    """
     if dim % num_heads:
         raise UserError(f"{num_heads} attention heads do not divide a width of {dim}")
     block = data2vec2_module("models.modalities.modules").AltBlock

@@ -11,13 +11,20 @@ from torch import Tensor
 
 from emkum.errors import UserError
 from emkum.models.data2vec2 import Data2Vec2Encoder, Data2Vec2ImageEncoder, Data2Vec2TextEncoder
+from emkum.models.data2vec2_audio import KERNELS, Data2Vec2AudioEncoder
 from emkum.models.encoder import LayerChoice
 from emkum.weights import load_strictly, read_checkpoint
 
 # Heads of the released models by width, for files that hold weights alone.
 RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16}
-# Below `modality_encoders.IMAGE.` and `modality_encoders.TEXT.`.
-POSITIONS = {"IMAGE": "fixed_positional_encoder.positions", "TEXT": "local_encoder.embed_positions.weight"}
+# Below `modality_encoders.IMAGE.` and so on; of audio, what its positions begin with.
+POSITIONS = {
+    "IMAGE": "fixed_positional_encoder.positions",
+    "TEXT": "local_encoder.embed_positions.weight",
+    "AUDIO": ("relative_positional_encoder.", "alibi_scale"),
+}
+_CONVOLUTION = "local_encoder.conv_layers.{}.0.weight"
+_FRAME_POSITION = "relative_positional_encoder.{}.0.weight"
 WORDS = "modality_encoders.TEXT.local_encoder.embed_tokens.weight"
 # Parameters of a block, prenet or main, up to the name within the block.
 _BLOCK = re.compile(r"(?:modality_encoders\.\w+\.context_encoder\.)?blocks\.\d+\.")
@@ -31,7 +38,8 @@ def load_data2vec2_weights(encoder: Data2Vec2Encoder, path: str | Path, choice: 
     Layers are counted over prenet and main blocks together, and may lie in either on either side. What pretraining
     alone needs (decoder, EMA copy, projections, other modalities) is left out; so are positions where the encoder has
     none, the fixed sine-cosine positions of another input size, for the encoder has computed its own, and rows of the
-    word embedding beyond the encoder's vocabulary.
+    word embedding beyond the encoder's vocabulary. An audio encoder's CLS token, which released models lack, keeps its
+    own value.
 
     Args:
         encoder: receives the weights.
@@ -49,7 +57,8 @@ def load_data2vec2_weights(encoder: Data2Vec2Encoder, path: str | Path, choice: 
 
 
 def encoder_arguments_from_checkpoint(path: str | Path, modality: str) -> dict[str, Any]:
-    """Arguments of Data2Vec2ImageEncoder ("IMAGE") or Data2Vec2TextEncoder ("TEXT") that fit a checkpoint.
+    """Arguments of Data2Vec2ImageEncoder ("IMAGE"), Data2Vec2TextEncoder ("TEXT") or Data2Vec2AudioEncoder ("AUDIO")
+    that fit a checkpoint.
 
     Shapes tell all but heads and the norms' epsilon, which the stored configuration tells; where there is none, those
     of the released model of this width are taken.
@@ -93,6 +102,18 @@ def text_encoder_from_checkpoint(
     arguments = _arguments(state, options, "TEXT", path)
     choice = choice or LayerChoice()
     encoder = Data2Vec2TextEncoder(**_of_chosen_layers(arguments, choice, path))
+    _load_state(encoder, state, path, choice, allowed)
+    return encoder
+
+
+def audio_encoder_from_checkpoint(
+    path: str | Path, choice: LayerChoice | None = None, allowed: str = ""
+) -> Data2Vec2AudioEncoder:
+    """Build the audio encoder that a checkpoint holds, and load it. Arguments and errors as for images."""
+    state, options = _read(path, "AUDIO")
+    arguments = _arguments(state, options, "AUDIO", path)
+    choice = choice or LayerChoice()
+    encoder = Data2Vec2AudioEncoder(**_of_chosen_layers(arguments, choice, path))
     _load_state(encoder, state, path, choice, allowed)
     return encoder
 
@@ -142,6 +163,7 @@ def _arguments(
     names = {
         "IMAGE": ["extra_tokens", "local_encoder.proj.weight", POSITIONS["IMAGE"]],
         "TEXT": ["local_encoder.embed_tokens.weight", POSITIONS["TEXT"]],
+        "AUDIO": [_CONVOLUTION.format(0), _FRAME_POSITION.format(1)],
     }[modality]
     missing = [prefix + name for name in names if prefix + name not in state]
     if missing:
@@ -166,9 +188,36 @@ def _arguments(
     if modality == "TEXT":
         rows, pad_index = len(state[prefix + names[1]]), 1
         return {**arguments, "vocab_size": len(state[prefix + names[0]]), "max_positions": rows - pad_index - 1}
+    if modality == "AUDIO":
+        return arguments | _audio_arguments(state, prefix, path)
     patch_size = state[prefix + names[1]].shape[-1]
     patches_a_side = round(state[prefix + names[2]].shape[1] ** 0.5)
     return {**arguments, "patch_size": patch_size, "input_size": patches_a_side * patch_size}
+
+
+def _audio_arguments(state: Mapping[str, Tensor], prefix: str, path: str | Path) -> dict[str, Any]:
+    """What an audio encoder has beside blocks."""
+    kernels = [state.get(prefix + _CONVOLUTION.format(layer)) for layer in range(len(KERNELS) + 1)]
+    if [None if kernel is None else kernel.shape[-1] for kernel in kernels] != [*(k for k, _ in KERNELS), None]:
+        raise UserError(
+            f"{path}: Data2Vec 2 audio encoders with other convolutions than the released are not supported"
+        )
+    position = state[prefix + _FRAME_POSITION.format(1)]
+    layers = 1
+    while prefix + _FRAME_POSITION.format(layers + 1) in state:
+        layers += 1
+    return {
+        "conv_width": len(kernels[0]),
+        "position_width": position.shape[-1] * layers,
+        "position_groups": len(position) // position.shape[1],
+        "position_layers": layers,
+        "position_biases": prefix + "alibi_scale" in state,
+        "cls_token": prefix + "extra_tokens" in state,
+    }
+
+
+# Of an audio encoder, what no released model has.
+_NOT_OF_AUDIO = ("learned_alibi", "learned_alibi_scale_per_layer", "conv_pos_pre_ln")
 
 
 def _check_options(options: Mapping[str, Any], modality: str, path: str | Path) -> None:
@@ -176,7 +225,12 @@ def _check_options(options: Mapping[str, Any], modality: str, path: str | Path) 
     own = modalities.get(modality.lower()) if isinstance(modalities, Mapping) else None
     if options.get("layer_norm_first"):
         raise UserError(f"{path}: Data2Vec 2 encoders with layer_norm_first are not supported")
-    if isinstance(own, Mapping) and own.get("use_alibi_encoder"):
+    own = own if isinstance(own, Mapping) else {}
+    if modality == "AUDIO":
+        for name in _NOT_OF_AUDIO:
+            if own.get(name):
+                raise UserError(f"{path}: Data2Vec 2 audio encoders with {name} are not supported")
+    elif own.get("use_alibi_encoder"):
         raise UserError(f"{path}: Data2Vec 2 encoders with position biases (use_alibi_encoder) are not supported")
 
 
@@ -199,8 +253,9 @@ def _check_sizes(
     encoder: Data2Vec2Encoder, state: Mapping[str, Tensor], options: Mapping[str, Any], path: str | Path
 ) -> None:
     """What would be a page of shapes, or fit by its shapes and compute something else, on one line."""
-    name = WORDS if encoder.modality == "TEXT" else "modality_encoders.IMAGE.extra_tokens"
-    width = state[name].shape[-1] if name in state else encoder.width
+    names = (WORDS, "modality_encoders.IMAGE.extra_tokens", "modality_encoders.AUDIO.context_encoder.norm.weight")
+    found = [state[name].shape[-1] for name in names if name.split(".")[1] == encoder.modality and name in state]
+    width = found[0] if found else encoder.width
     if width != encoder.width:
         raise UserError(f"{path} is {width} wide, but the {encoder.modality} encoder {encoder.width}")
     heads = _stored_heads(options) or encoder.num_heads
@@ -237,6 +292,10 @@ def _load_state(
 ) -> None:
     own = encoder.state_dict()
     used = _with_chosen_blocks(encoder, _of_encoder(state, encoder.modality), path, choice)
+    if encoder.modality == "AUDIO":
+        used = _fitted_to_audio(used, own)
+        load_strictly(encoder, used, path, allowed, f"the {encoder.modality} encoder")
+        return
     positions = f"modality_encoders.{encoder.modality}.{POSITIONS[encoder.modality]}"
     if positions not in own:
         used.pop(positions, None)
@@ -245,6 +304,20 @@ def _load_state(
     if encoder.modality == "TEXT" and WORDS in used:
         used[WORDS] = _words(used[WORDS], encoder.vocab_size, path)
     load_strictly(encoder, used, path, allowed, f"the {encoder.modality} encoder")
+
+
+def _fitted_to_audio(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without positions that the encoder has not, with its own CLS token where there is none, and with a factor of
+    distance for each head, as fairseq itself broadcasts it."""
+    prefix = "modality_encoders.AUDIO."
+    starts = tuple(prefix + name for name in POSITIONS["AUDIO"])
+    fitted = {name: value for name, value in state.items() if name in own or not name.startswith(starts)}
+    token, factors = prefix + "extra_tokens", prefix + "alibi_scale"
+    if token in own:
+        fitted.setdefault(token, own[token])
+    if factors in own and factors in fitted and fitted[factors].shape[-3] in (1, own[factors].shape[2]):
+        fitted[factors] = fitted[factors].expand_as(own[factors])
+    return fitted
 
 
 def _of_encoder(state: Mapping[str, Tensor], modality: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the encoders of either modality have in common, and which layers of a pretrained model they keep."""
+"""What the encoders of all modalities have in common, and which layers of a pretrained model they keep."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         """(B, N, D) tokens before the first block, the CLS token first, with the encoder's own positions if it has any.
 
         Args:
-            inputs: normalized (B, 3, S, S) images, or (B, L) token ids.
+            inputs: normalized (B, 3, S, S) images, (B, L) token ids, or normalized (B, L) samples of sounds.
             masked: (B, N - 1) bool, True at patches that `mask_token` replaces before positions are added; of images.
             mask_token: (D,).
         """
@@ -101,8 +101,13 @@ class Encoder(nn.Module):
         """(B, N, D) behind one block after the other; arguments as of `encode`."""
         raise NotImplementedError
 
+    def token_padding(self, padding_mask: Tensor | None) -> Tensor | None:
+        """The padding mask (B, N) of tokens from that of inputs (B, L); the same unless tokens stand for several."""
+        return padding_mask
+
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Encoded:
-        """Both steps: inputs as of `embed`. At padding the tokens mean nothing."""
+        """Both steps: inputs and their padding mask (B, L), True at padding. At padding the tokens mean nothing."""
+        padding_mask = self.token_padding(padding_mask)
         return Encoded(self.encode(self.embed(inputs), padding_mask), padding_mask)
 
     def all_blocks(self) -> list[nn.Module]:

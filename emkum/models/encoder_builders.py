@@ -1,5 +1,6 @@
-"""From options to the student's two encoders."""
+"""From options to the student's encoders."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,14 @@ from emkum.models.bert import BertEncoder
 from emkum.models.bert_checkpoints import load_bert_weights
 from emkum.models.cnn_encoder import CnnImageEncoder
 from emkum.models.data2vec2 import Data2Vec2ImageEncoder, Data2Vec2TextEncoder
+from emkum.models.data2vec2_audio import Data2Vec2AudioEncoder
 from emkum.models.data2vec2_checkpoints import load_data2vec2_weights
 from emkum.models.encoder import Encoder, LayerChoice
 from emkum.models.timm_encoder import TimmImageEncoder
 
+# Encoders of sounds.
+NO_AUDIO = "none"
+AUDIO_ENCODERS = (NO_AUDIO, "data2vec2")
 LAYER_CHOICES = ("first", "every_second")
 ATTENTIONS = ("fused", "stock")
 
@@ -25,7 +30,8 @@ class Size:
     """Width, heads and layers of encoders that are not told by their weights, and of the shared encoder.
 
     `prenet_layers` of the Data2Vec 2 image encoder's layers belong to its modality-specific part. That changes
-    parameter names alone; the released base image model has two.
+    parameter names alone; the released base image model has two. `conv_width` is of the audio encoder's convolutions
+    over samples.
     """
 
     width: int
@@ -33,11 +39,12 @@ class Size:
     layers: int
     prenet_layers: int = 0
     shared_layers: int = 1
+    conv_width: int = 512
 
 
 SIZES = {
-    "tiny": Size(128, 2, 3),
-    "small": Size(192, 3, 4),
+    "tiny": Size(128, 2, 3, conv_width=32),
+    "small": Size(192, 3, 4, conv_width=64),
     "base": Size(768, 12, 6, prenet_layers=2),
     "large": Size(768, 12, 12, prenet_layers=2, shared_layers=2),
 }
@@ -94,6 +101,27 @@ class TextEncoderConfig:
         _take_weights_from_name(self, "text")
 
 
+@dataclass
+class AudioEncoderConfig:
+    encoder: str = field(
+        default=NO_AUDIO,
+        metadata={"help": "third sense: data2vec2, for data with sounds; none = images and captions alone"},
+    )
+    weights: str = field(
+        default="", metadata={"help": "pretrained weights: released checkpoint of Data2Vec 2 audio; empty = random"}
+    )
+    layers: int = field(default=0, metadata={"help": "blocks to keep; 0 = as --student-size says"})
+    layer_choice: str = field(
+        default="first", metadata={"help": "which blocks of the pretrained model: first, every_second (1st, 3rd ...)"}
+    )
+    conv_width: int = field(
+        default=0, metadata={"help": "channels of the convolutions over samples; 0 = as --student-size says"}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "dropout before the first block, after attention and MLP"})
+    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of attention weights"})
+    drop_path: float = field(default=0.0, metadata={"help": "stochastic depth rate of the last block"})
+
+
 def _take_weights_from_name(config: Any, modality: str) -> None:
     """Make beit3:FILE of an encoder's options beit3 with FILE as weights.
 
@@ -112,7 +140,7 @@ def _take_weights_from_name(config: Any, modality: str) -> None:
 
 @dataclass(frozen=True)
 class EncoderSetting:
-    """What both encoders are built alike with.
+    """What all encoders are built alike with.
 
     Attributes:
         size: widths and layers.
@@ -231,7 +259,43 @@ def build_text_encoder(config: TextEncoderConfig, setting: EncoderSetting, vocab
     return bert
 
 
-def _layer_choice(option: str, config: ImageEncoderConfig | TextEncoderConfig, setting: EncoderSetting) -> LayerChoice:
+# Of the convolutions that make an audio encoder's positions, as released; fewer where these do not divide a width.
+_POSITION_GROUPS = 16
+
+
+def build_audio_encoder(config: AudioEncoderConfig, setting: EncoderSetting) -> Encoder | None:
+    """The audio encoder; None where there is none.
+
+    Raises:
+        UserError: as of `build_image_encoder`.
+    """
+    if config.encoder not in AUDIO_ENCODERS:
+        raise UserError(f"--audio-encoder {config.encoder!r} is unknown; choose from {', '.join(AUDIO_ENCODERS)}")
+    if config.encoder == NO_AUDIO:
+        return None
+    choice = _layer_choice("audio", config, setting)
+    if config.conv_width < 0:
+        raise UserError(f"--audio-conv-width {config.conv_width}: want 1 or more, or 0 for that of --student-size")
+    encoder = Data2Vec2AudioEncoder(
+        embed_dim=setting.size.width,
+        depth=choice.count,
+        num_heads=setting.size.heads,
+        conv_width=config.conv_width or setting.size.conv_width,
+        position_groups=math.gcd(_POSITION_GROUPS, setting.size.width),
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        drop_path=_rate_at_end(config.drop_path, choice),
+        own_positions=setting.own_positions,
+        fused_attention=setting.fused_attention,
+    )
+    if config.weights and setting.pretrained:
+        load_data2vec2_weights(encoder, config.weights, choice)
+    return encoder
+
+
+def _layer_choice(
+    option: str, config: ImageEncoderConfig | TextEncoderConfig | AudioEncoderConfig, setting: EncoderSetting
+) -> LayerChoice:
     if config.layer_choice not in LAYER_CHOICES:
         raise UserError(
             f"--{option}-layer-choice {config.layer_choice!r} is unknown; choose from {', '.join(LAYER_CHOICES)}"

@@ -122,11 +122,13 @@ class InputSizes:
         image_size: side of an image in pixels.
         tokens: of a caption, special ones included.
         captions: of an image.
+        samples: of a sound; 0 = none is heard.
     """
 
     image_size: int
     tokens: int
     captions: int = 1
+    samples: int = 0
 
     def images(self, count: int) -> Tensor:
         """(count, 3, S, S) uint8 on the meta device."""
@@ -135,6 +137,10 @@ class InputSizes:
     def texts(self, count: int) -> Tensor:
         """(count, L) ids on the meta device; nothing is padded."""
         return torch.empty(count, self.tokens, dtype=torch.int64, device="meta")
+
+    def sounds(self, count: int) -> Tensor:
+        """(count, L) int16 on the meta device; nothing is padded."""
+        return torch.empty(count, self.samples, dtype=torch.int16, device="meta")
 
 
 def count_flops(run: Callable[[], Any]) -> int:
@@ -146,16 +152,18 @@ def count_flops(run: Callable[[], Any]) -> int:
 
 
 def student_flops(student: nn.Module, sizes: InputSizes) -> dict[str, int]:
-    """Operations of a forward of one `image` and of one `caption`, through both encoders and the heads.
+    """Operations of a forward of one `image`, one `caption` and, where it hears, one `sound`, through both encoders and
+    the heads.
 
     Args:
-        student: on the meta device; has `encode_image` and `encode_text`.
+        student: on the meta device; has `encode_image`, `encode_text` and, where sounds are heard, `encode_audio`.
         sizes: of its input.
     """
-    return {
+    found = {
         "image": count_flops(lambda: student.encode_image(sizes.images(1))),
         "caption": count_flops(lambda: student.encode_text(sizes.texts(1))),
     }
+    return found | ({"sound": count_flops(lambda: student.encode_audio(sizes.sounds(1)))} if sizes.samples else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ def estimate_memory(model: nn.Module, student: nn.Module, sizes: InputSizes, bat
 
 
 def activation_bytes(student: nn.Module, sizes: InputSizes, batch_size: int) -> int:
-    """Bytes that a training forward of `batch_size` images and their captions keeps for the backward pass,
+    """Bytes that a training forward of `batch_size` images with captions and sounds keeps for the backward pass,
     extrapolated linearly from two small batches.
 
     Attention through `scaled_dot_product_attention` counts as a fused kernel, which keeps no attention matrix.
@@ -216,6 +224,8 @@ def activation_bytes(student: nn.Module, sizes: InputSizes, batch_size: int) -> 
     def run(count: int) -> None:
         student.encode_image(sizes.images(count))
         student.encode_text(sizes.texts(count * sizes.captions))
+        if sizes.samples:
+            student.encode_audio(sizes.sounds(count))
 
     mode = student.training
     student.train()

@@ -20,6 +20,7 @@ class LearningRateConfig:
         default=1.0, metadata={"help": "factor of the learning rate for the image encoder (METER, Dou et al. 2022)"}
     )
     text_encoder: float = field(default=1.0, metadata={"help": "factor of the learning rate for the text encoder"})
+    audio_encoder: float = field(default=1.0, metadata={"help": "factor of the learning rate for the audio encoder"})
     layer_decay: float = field(
         default=1.0,
         metadata={
@@ -31,7 +32,10 @@ class LearningRateConfig:
 
 @dataclass
 class FreezeConfig:
-    embeddings: bool = field(default=False, metadata={"help": "patch and word embeddings do not learn"})
+    embeddings: bool = field(
+        default=False,
+        metadata={"help": "patch and word embeddings, and convolutions over samples of sounds, do not learn"},
+    )
     image_all_but: int = field(
         default=-1,
         metadata={"help": "of the image encoder only the last so many blocks learn; 0 = none, -1 = all of it"},
@@ -40,9 +44,13 @@ class FreezeConfig:
         default=-1,
         metadata={"help": "of the text encoder only the last so many blocks learn; 0 = none, -1 = all of it"},
     )
+    audio_all_but: int = field(
+        default=-1,
+        metadata={"help": "of the audio encoder only the last so many blocks learn; 0 = none, -1 = all of it"},
+    )
 
 
-_MODALITIES = ("image", "text")
+_MODALITIES = ("image", "text", "audio")
 
 # Parts of a parameter's own name where it is a table or a token, which decay would only shrink. The weight of a layer
 # is called `weight`, so that a patch embedding's kernel, for one, is not among them.
@@ -55,7 +63,7 @@ def freeze(student: nn.Module, config: FreezeConfig) -> None:
     Dropout in what is frozen stays as it is.
 
     Args:
-        student: has `image_encoder` and `text_encoder`, either of which may be None.
+        student: has `image_encoder`, `text_encoder` or `audio_encoder`, any of which may be None.
         config: what to freeze.
 
     Raises:
@@ -103,7 +111,7 @@ def assign_overrides(module: nn.Module, student: nn.Module, config: LearningRate
 
     Args:
         module: all that is trained, the student and the objectives' parameters.
-        student: the student inside it; has `image_encoder` and `text_encoder`, either of which may be None.
+        student: the student inside it; has what `freeze` asks for.
         config: factors of the learning rate.
 
     Raises:
@@ -139,7 +147,7 @@ def _part_name(module: nn.Module, path: str) -> str:
 
 
 def _encoders(student: nn.Module) -> dict[str, Encoder | None]:
-    return {modality: getattr(student, f"{modality}_encoder") for modality in _MODALITIES}
+    return {modality: getattr(student, f"{modality}_encoder", None) for modality in _MODALITIES}
 
 
 def _layer_of(encoder: Encoder) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""The image-text student: two unimodal encoders and one shared encoder that reads either modality."""
+"""The image-text student: encoders of images, captions and, where it hears, sounds, and a shared one that reads any."""
 
 from dataclasses import fields
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emkum.layers.token_types import IMAGE, TEXT
+from emkum.layers.token_types import AUDIO, IMAGE, TEXT
 from emkum.models.encoder import Encoder
 from emkum.outputs import Encoded, ModalityOutput, StudentOutput
 
@@ -33,6 +33,26 @@ class ImageNormalizer(nn.Module):
         return (images / 255 - self.mean) / self.std
 
 
+def normalized_sounds(
+    sounds: Tensor, padding_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, eps: float = 1e-5
+) -> Tensor:
+    """(B, L) int16 samples to mean 0 and variance 1 of each sound, 0 at padding, as Data2Vec 2 was trained.
+
+    Args:
+        sounds: samples of 16 bits.
+        padding_mask: (B, L), True at padding; None = there is none.
+        dtype: of the result; statistics are in float32 at least.
+        eps: added to the variance of samples in [-1, 1]: silence stays silent.
+    """
+    samples = sounds.to(torch.promote_types(dtype, torch.float32)) / 32768
+    if padding_mask is None:
+        return F.layer_norm(samples, samples.shape[1:], eps=eps).to(dtype)
+    heard = ~padding_mask
+    count = heard.sum(1, keepdim=True).clamp_min(1)
+    centered = (samples - (samples * heard).sum(1, keepdim=True) / count) * heard
+    return (centered * torch.rsqrt(centered.square().sum(1, keepdim=True) / count + eps)).to(dtype)
+
+
 class Heads(nn.Module):
     """What is made of the shared CLS token.
 
@@ -44,7 +64,7 @@ class Heads(nn.Module):
 
     def __init__(
         self,
-        contrast: tuple[nn.Module, nn.Module],
+        contrast: tuple[nn.Module, ...],
         prediction: nn.Module | None = None,
         logits: nn.Module | None = None,
     ) -> None:
@@ -73,7 +93,7 @@ class Heads(nn.Module):
 
 
 class ImageTextStudent(nn.Module):
-    """Runs images and captions one after the other through their own encoder and then the shared one.
+    """Runs images, captions and sounds one after the other through their own encoder and then the shared one.
 
     Parts are injected; any may be exchanged for another of the same contract.
 
@@ -87,6 +107,8 @@ class ImageTextStudent(nn.Module):
         before, after: what is added to the tokens before the encoders' first block, and before the shared encoder:
             modules that take tokens and token type, by name.
         mask_token: make a learned token that stands for masked patches.
+        audio_encoder: of normalized (B, L) samples; None = the student does not hear.
+        audio_projection: as the others; None without `audio_encoder`.
     """
 
     def __init__(
@@ -101,10 +123,14 @@ class ImageTextStudent(nn.Module):
         before: dict[str, nn.Module] | None = None,
         after: dict[str, nn.Module] | None = None,
         mask_token: bool = False,
+        audio_encoder: Encoder | None = None,
+        audio_projection: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
+        self.audio_encoder = audio_encoder
+        self.audio_projection = audio_projection
         self.before = nn.ModuleDict(before)
         self.image_projection = image_projection
         self.text_projection = text_projection
@@ -157,6 +183,20 @@ class ImageTextStudent(nn.Module):
             parts.append(self.encode_text(text[part], None if padding_mask is None else padding_mask[part]))
             start += rows
         return joined(parts, text.shape[1])
+
+    def encode_audio(self, sounds: Tensor, padding_mask: Tensor | None = None) -> ModalityOutput:
+        """Sounds through both encoders.
+
+        Args:
+            sounds: (B, L) int16 samples at 16 kHz.
+            padding_mask: (B, L), True at padding.
+
+        Returns:
+            Tokens (B, 1 + N, D), of N frames.
+        """
+        tokens = self.audio_encoder.embed(normalized_sounds(sounds, padding_mask, self.normalize.mean.dtype))
+        hidden = self.audio_encoder.token_padding(padding_mask)
+        return self._encode(tokens, hidden, self.audio_encoder, self.audio_projection, AUDIO)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Objectives by name: config dataclass, pure function, thin module; one family a file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -73,6 +73,9 @@ OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "dino": (SelfDistillationConfig, SelfDistillation),
 }
 
+# Before the name of an objective that compares images with sounds instead of captions, in figures and outputs.
+HEARD = "audio_"
+
 OBJECTIVE_PARTS: dict[str, type] = {name: config for name, (config, _) in OBJECTIVES.items()}
 
 
@@ -102,6 +105,19 @@ def objective_configs(names: list[str], options: Any) -> dict[str, Any]:
 def required(configs: Mapping[str, Any]) -> Requirements:
     """What objectives, given by `objective_configs`, need of the run all together."""
     return reduce(or_, (OBJECTIVES[name][1].requires_of(config) for name, config in configs.items()), Requirements())
+
+
+def heard_objectives(names: Iterable[str]) -> list[str]:
+    """Those of the objectives that compare images with sounds as they do with captions.
+
+    Raises:
+        UserError: none of them does.
+    """
+    names = list(names)
+    heard = [name for name in names if OBJECTIVES[name][1].pairs]
+    if not heard:
+        raise UserError(f"--audio-encoder: {', '.join(names)} learns nothing from sounds; add an objective such as itc")
+    return heard
 
 
 def assert_teacher_gives(configs: Mapping[str, Any], offered: Requirements | None, teacher: str) -> None:
@@ -137,6 +153,7 @@ def build_objectives(names: list[str], options: Any, setting: Setting) -> nn.Mod
 
 
 __all__ = [
+    "HEARD",
     "OBJECTIVES",
     "OBJECTIVE_PARTS",
     "Objective",
@@ -144,6 +161,7 @@ __all__ = [
     "Setting",
     "assert_teacher_gives",
     "build_objectives",
+    "heard_objectives",
     "objective_configs",
     "parse_objectives",
     "required",

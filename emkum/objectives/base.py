@@ -83,6 +83,8 @@ class Objective(nn.Module):
     """
 
     requires = Requirements()
+    # Whether it compares captions with images, so that sounds may stand in the captions' place.
+    pairs = True
 
     @classmethod
     def requires_of(cls, config: Any) -> Requirements:

@@ -71,6 +71,7 @@ class MaskedLanguageModeling(Objective):
     at most, see `masked_places`.
     """
 
+    pairs = False
     requires = Requirements(masked_text=True, tokens=True)
 
     def __init__(self, config: MaskedLanguageConfig, setting: Setting) -> None:
@@ -175,6 +176,7 @@ class MaskedImageModeling(Objective):
     image has at most, see `masked_places`.
     """
 
+    pairs = False
     requires = Requirements(masked_image=True, tokens=True, patches=True, patch_grid=True)
 
     def __init__(self, config: MaskedImageConfig, setting: Setting) -> None:

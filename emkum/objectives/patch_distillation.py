@@ -88,6 +88,7 @@ class PatchDistillation(Objective):
     Tokens are those behind the shared encoder, without CLS; captions have no part in it. Agreement is the mean cosine.
     """
 
+    pairs = False
     requires = Requirements(patches=True, tokens=True, patch_grid=True)
 
     def __init__(self, config: PatchDistillationConfig, setting: Setting) -> None:

@@ -1,49 +1,80 @@
-"""Tables of captions: CSV, TSV, JSON lines or Parquet with a column of image names and a column of captions."""
+"""Tables of captions: CSV, TSV, JSON lines or Parquet with a column of image names, one of captions, and
+possibly one of the names of sounds."""
 
 import csv
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from emkum.errors import UserError
 
-# What other programs call the two columns; the first that is there counts, upper and lower case alike.
+# What other programs call the columns; the first that is there counts, upper and lower case alike.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "filepath", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
+SOUND_COLUMNS = ("sound", "audio", "wav", "sound_file", "audio_file", "sound_path", "audio_path")
 
 # Suffixes of caption tables; a *.txt is taken for TSV where its first line has a tab, else for CSV.
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
 _BATCH_ROWS = 4096
 _LONGEST_FIELD = 1 << 26
 
-# An image's name and its caption or captions, not yet checked, and where they are from.
-_Row = tuple[str, Any, Any]
+# Where a row is from, and its fields of the wanted columns, not yet checked.
+_Row = tuple[str, tuple[Any, ...]]
+
+
+class _Column(NamedTuple):
+    """A wanted column; see `choose_column`."""
+
+    wanted: str | None
+    usual: Sequence[str]
+    option: str
 
 
 class CaptionTable:
-    """The captions of every image that a table names, in a few bytes beyond the text itself.
+    """The captions of every image that a table names, in a few bytes beyond the text itself, and its sound.
 
     Args:
         path: the table; its suffix tells what it is.
         image_column: of the image's name; None = the first of IMAGE_COLUMNS that is there.
         caption_column: of a caption, or of a list of them; None = the first of CAPTION_COLUMNS that is there.
+        sound_column: of the image's sound; None = the first of SOUND_COLUMNS that is there.
+        with_sounds: read sounds; otherwise no column of them is looked for.
 
     Attributes:
         names: of the images, in the order of their first rows.
+        sounds: image's number -> name of its sound, of images that have one.
 
     Raises:
-        UserError: the file is missing, of another kind, lacks a column, or has a malformed row.
+        UserError: the file is missing, of another kind, lacks a column, has a malformed row, or two sounds of an image.
     """
 
-    def __init__(self, path: Path, image_column: str | None = None, caption_column: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        sound_column: str | None = None,
+        with_sounds: bool = False,
+    ) -> None:
+        columns = [
+            _Column(image_column, IMAGE_COLUMNS, "--image-column"),
+            _Column(caption_column, CAPTION_COLUMNS, "--caption-column"),
+        ]
+        if with_sounds:
+            columns.append(_Column(sound_column, SOUND_COLUMNS, "--sound-column"))
         numbers: dict[str, int] = {}
+        self.sounds: dict[int, str] = {}
         owners, ends, text = array("q"), array("q", [0]), bytearray()
-        for where, name, captions in _rows(path, image_column, caption_column):
+        for where, (name, captions, *sound) in _rows(path, columns):
             number = numbers.setdefault(_checked_name(name, where), len(numbers))
+            if sound and sound[0]:
+                found = _checked_name(sound[0], where, "sound")
+                if self.sounds.setdefault(number, found) != found:
+                    raise UserError(f"{where}: {found} is a second sound of {name}; an image has one")
             for caption in _checked_captions(captions, where):
                 # What is no UTF-8 travels as escapes, and is sorted out by whoever writes captions.
                 text += caption.encode("utf-8", "surrogatepass")
@@ -66,9 +97,9 @@ class CaptionTable:
         return [self._text[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogatepass") for row in rows]
 
 
-def _checked_name(name: Any, where: str) -> str:
+def _checked_name(name: Any, where: str, what: str = "image") -> str:
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where}: the image must be a file's name, not {_shown(name)}")
+        raise UserError(f"{where}: the {what} must be a file's name, not {_shown(name)}")
     return name.strip().replace("\\", "/").removeprefix("./")
 
 
@@ -87,11 +118,10 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
-def _rows(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[_Row]:
+def _rows(path: Path, wanted: Sequence[_Column]) -> Iterator[_Row]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{path} is no caption table: want {', '.join('*' + suffix for suffix in SUFFIXES)}")
-    wanted = image_column, caption_column
     if suffix == ".parquet":
         yield from _parquet_rows(path, wanted)
         return
@@ -143,19 +173,19 @@ def _unquoted(field: str) -> str:
 
 
 def _table_rows(
-    path: Path, header: list[str], records: Iterable[tuple[int, list[str]]], wanted: tuple[str | None, str | None]
+    path: Path, header: list[str], records: Iterable[tuple[int, list[str]]], wanted: Sequence[_Column]
 ) -> Iterator[_Row]:
     header = [name.strip() for name in header]
-    image, caption = (header.index(column) for column in _columns(path, header, wanted))
+    places = [header.index(column) for column in _columns(path, header, wanted)]
     for number, record in records:
         if record in ([], [""]):
             continue
         if len(record) != len(header):
             raise UserError(f"{path}, line {number}: {len(record)} fields, but the header has {len(header)}")
-        yield f"{path}, line {number}", record[image], record[caption]
+        yield f"{path}, line {number}", tuple(record[place] for place in places)
 
 
-def _json_rows(path: Path, file: TextIO, wanted: tuple[str | None, str | None]) -> Iterator[_Row]:
+def _json_rows(path: Path, file: TextIO, wanted: Sequence[_Column]) -> Iterator[_Row]:
     columns = None
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -170,17 +200,17 @@ def _json_rows(path: Path, file: TextIO, wanted: tuple[str | None, str | None]) 
         for column in columns:
             if column not in row:
                 raise UserError(f"{path}, line {number}: no {column!r}, which earlier lines have")
-        yield f"{path}, line {number}", row[columns[0]], row[columns[1]]
+        yield f"{path}, line {number}", tuple(row[column] for column in columns)
 
 
-def _parquet_rows(path: Path, wanted: tuple[str | None, str | None]) -> Iterator[_Row]:
+def _parquet_rows(path: Path, wanted: Sequence[_Column]) -> Iterator[_Row]:
     file = open_parquet(path)
     columns = _columns(path, file.schema_arrow.names, wanted)
     number = 0
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
-        for name, captions in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
+        for fields in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
             number += 1
-            yield f"{path}, row {number}", name, captions
+            yield f"{path}, row {number}", fields
 
 
 def open_parquet(path: Path) -> Any:
@@ -200,9 +230,8 @@ def open_parquet(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
-def _columns(path: Path, there: list[str], wanted: tuple[str | None, str | None]) -> tuple[str, str]:
-    image = choose_column(path, there, wanted[0], IMAGE_COLUMNS, "--image-column")
-    return image, choose_column(path, there, wanted[1], CAPTION_COLUMNS, "--caption-column")
+def _columns(path: Path, there: list[str], wanted: Sequence[_Column]) -> list[str]:
+    return [choose_column(path, there, *column) for column in wanted]
 
 
 def choose_column(path: Path, there: Sequence[str], wanted: str | None, usual: Sequence[str], option: str) -> str:

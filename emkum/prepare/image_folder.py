@@ -4,6 +4,7 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,7 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "Splits are, in this order of preference: the lists that --split names; the folders train, valid (or val,\n"
         "dev) and test, where all images are in such; else train and, drawn by a hash of the image's name, valid.",
         example="  emkum prepare image-folder --images photos --captions captions.csv --out data/photos\n"
-        "  emkum prepare image-folder --images birds.zip --valid-fraction 0.1 --out data/birds",
+        "  emkum prepare image-folder --images birds.zip --valid-fraction 0.1 --out data/birds\n"
+        "  emkum prepare image-folder --images photos --captions table.csv --sounds clips --out data/heard",
     )
     parser.add_argument("--images", type=Path, required=True, metavar="PATH", help="folder, zip or tar of the images")
     parser.add_argument(
@@ -56,7 +58,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "captions; several rows an image give it several captions; without a table, folders are classes and no "
         "tokenizer is trained",
     )
-    for what in ("image", "caption"):
+    parser.add_argument(
+        "--sounds",
+        type=Path,
+        metavar="PATH",
+        help="folder, zip or tar of a sound for each image, WAV (with soundfile also FLAC, OGG, MP3), that a column of "
+        "the table names; stored at 16 kHz in one channel",
+    )
+    for what in ("image", "caption", "sound"):
         parser.add_argument(
             f"--{what}-column", metavar="NAME", help=f"of the table (default: {what}, or another usual name)"
         )
@@ -82,14 +91,18 @@ def run(args: argparse.Namespace) -> None:
     """Make the folder that the arguments of the sub-command describe."""
     lists = parse_splits(args.split)
     if args.captions is not None:
-        columns = (args.image_column, args.caption_column)
-        raw = CaptionedImages(args.images, args.captions, columns, lists, args.valid_fraction)
+        if args.sound_column and args.sounds is None:
+            raise UserError("--sound-column names files of --sounds PATH: give it")
+        columns = (args.image_column, args.caption_column, args.sound_column)
+        raw = CaptionedImages(args.images, args.captions, columns, lists, args.valid_fraction, args.sounds)
         if raw.unused:
             print(f"{args.images}: {raw.unused:,} images are not in {args.captions} and are left out")
         run_set(raw, args)
         return
-    if args.image_column or args.caption_column:
+    if args.image_column or args.caption_column or args.sound_column:
         raise UserError("--image-column and --caption-column name columns of the table --captions: give one")
+    if args.sounds is not None:
+        raise UserError("--sounds needs a table that says which image each is of: give --captions")
     args.vocab_size = 0
     run_set(ClassFolders(args.images, lists, args.valid_fraction), args)
 
@@ -100,9 +113,10 @@ class CaptionedImages(ImageSet):
     Args:
         images: folder, zip or tar.
         captions: the table.
-        columns: of images and captions; None = a usual name.
+        columns: of images, captions and sounds; None = a usual name.
         lists: split -> file with image names.
         valid_fraction: of train, for a split valid; None = the default.
+        sounds: folder, zip or tar of sounds, one for each image; None = there are none.
 
     Attributes:
         unused: images that the table does not name.
@@ -117,13 +131,14 @@ class CaptionedImages(ImageSet):
         self,
         images: Path,
         captions: Path,
-        columns: tuple[str | None, str | None] = (None, None),
+        columns: tuple[str | None, str | None, str | None] = (None, None, None),
         lists: Mapping[str, Path] | None = None,
         valid_fraction: float | None = None,
+        sounds: Path | None = None,
     ) -> None:
         lists = lists or {}
         self._files = ImageFiles(images)
-        self._table = CaptionTable(captions, *columns)
+        self._table = CaptionTable(captions, *columns, with_sounds=sounds is not None)
         self._file_of = match_names(self._table.names, self._files.names, images)
         if not self._file_of:
             first = self._table.names[0]
@@ -144,6 +159,11 @@ class CaptionedImages(ImageSet):
         self.counts = {split: len(names) for split, names in splits.items()}
         self.options = {"image_column": columns[0], "caption_column": columns[1], "valid_fraction": fraction}
         self.sources = {"images": images, "captions": captions} | {f"split {name}": lists[name] for name in lists}
+        self._sounds = None if sounds is None else ImageFiles(sounds, "--sounds")
+        if self._sounds is not None:
+            self._sound_of = match_names(list(self._table.sounds.values()), self._sounds.names, sounds)
+            self.options["sound_column"] = columns[2]
+            self.sources["sounds"] = sounds
 
     def _split_by_folder(self, images: Path) -> dict[str, list[str]]:
         """Images whose files are missing go to the first split, where they are counted."""
@@ -163,7 +183,21 @@ class CaptionedImages(ImageSet):
                 yield Skipped(name, f"there is no such file in {self._files.path.name}")
                 continue
             captions, meta = self._table.captions(int(number)), {"file_name": name}
-            yield read_sample(self._files, file, str(PurePosixPath(name).with_suffix("")), captions, meta)
+            sample = read_sample(self._files, file, str(PurePosixPath(name).with_suffix("")), captions, meta)
+            yield sample if isinstance(sample, Skipped) else self._with_sound(sample, int(number))
+
+    def _with_sound(self, sample: RawSample, number: int) -> RawSample | Skipped:
+        if self._sounds is None:
+            return sample
+        name = self._table.sounds.get(number)
+        file = self._sound_of.get(name)
+        if file is None:
+            reason = "it has none in the table" if name is None else f"there is no {name} in {self._sounds.path.name}"
+            return Skipped(sample.key, f"sound: {reason}")
+        try:
+            return replace(sample, sound=self._sounds.read(file))
+        except Exception as error:  # zipfile and zlib raise many kinds for broken files
+            return Skipped(sample.key, f"sound: {read_error(error)}")
 
 
 class ClassImages(ImageSet):

@@ -29,6 +29,7 @@ from emkum.data.shard_writing import (
 from emkum.data.tables import TABLE_NAME, join_rows
 from emkum.errors import UserError
 from emkum.files import replaced_file
+from emkum.prepare.sounds import BadSound, stored_sound
 from emkum.provenance import write_json
 
 # Longer ones are pages that a crawler took for captions.
@@ -71,6 +72,7 @@ class RawSample:
         image_id: the set's own number of the image, below 2**31; None = it has none.
         meta: further JSON values.
         group: samples of one group follow one another and are of use together alone; None = a sample of its own.
+        sound: the encoded file of what goes with the image; None = none.
     """
 
     key: str
@@ -79,6 +81,7 @@ class RawSample:
     image_id: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     group: str | None = None
+    sound: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -201,22 +204,29 @@ def _add_group(shard: TarPart, samples: list[RawSample | Skipped], settings: Set
         try:
             if sample.captions and not captions:
                 raise BadImage(f"none of its captions can be used: {problems[0].reason}")
-            checked.append((sample, captions, *stored_image(sample.image, settings)))
+            image, suffix = stored_image(sample.image, settings)
+            checked.append((sample, captions, image, suffix, _stored_sound(sample)))
         except BadImage as error:
             bad.append(Skipped(sample.key, str(error)))
+        except BadSound as error:
+            bad.append(Skipped(sample.key, f"sound: {error}"))
     if bad:
         skipped += bad
         skipped += [Skipped(sample.key, f"belongs to {bad[0].key}") for sample, *_ in checked]
         return
-    for sample, captions, image, suffix in checked:
+    for sample, captions, image, suffix, sound in checked:
         key = sample.key.translate(_KEY_CHARACTERS)
         try:
             fingerprint = content_hash(sample.image)
-            shard.add(key, image, suffix, captions, sample.meta, sample.image_id, fingerprint)
+            shard.add(key, image, suffix, captions, sample.meta, sample.image_id, fingerprint, sound)
         except UserError as error:
             skipped.append(Skipped(sample.key, str(error).rpartition("error: ")[2]))
         except UnicodeEncodeError:
             skipped.append(Skipped(sample.key, "its name or what is known of it is not UTF-8"))
+
+
+def _stored_sound(sample: RawSample) -> bytes:
+    return b"" if sample.sound is None else stored_sound(sample.sound)
 
 
 _KEY_CHARACTERS = str.maketrans("./\\\0", "____")

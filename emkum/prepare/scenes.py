@@ -14,6 +14,7 @@ from emkum.prepare.raw_set import ImageSet, RawSample, Settings
 from emkum.prepare.scene_drawing import render
 from emkum.prepare.scene_facts import MAX_OBJECTS, Scene, draw_scene
 from emkum.prepare.scene_language import describe, make_statements, name_regions
+from emkum.prepare.scene_sounds import render_sound
 
 # Goes up whenever equal options would give another output.
 GENERATOR_VERSION = 1
@@ -30,7 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="rendered scenes of colored shapes with captions, regions and statements; needs no download",
         description="Render scenes of one to three colored shapes: 80 % train, 10 % valid, 10 % test. No scene\n"
         "content (shapes, colors, sizes, coarse positions and background) occurs twice. Each sample's JSON holds\n"
-        "captions, regions (phrase and box in pixels), objects, labels, and as many true as false statements.",
+        "captions, regions (phrase and box in pixels), objects, labels, and as many true as false statements.\n"
+        "With --sounds each scene has a sound, too, that tells its objects and background without words.",
         example="  emkum prepare scenes --num-images 5000 --seed 1 --out data/scenes",
     )
     parser.add_argument(
@@ -50,13 +52,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--captions-per-image", type=int, default=5, metavar="N", help="captions of an image (default: %(default)s)"
     )
+    parser.add_argument(
+        "--sounds",
+        action="store_true",
+        help="also a sound of half a second or so for each scene; all else stays",
+    )
     add_common_arguments(parser, vocab_size=400, shrink=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the folder that the arguments of the sub-command describe."""
-    run_set(Scenes(args.num_images, args.seed, args.scene_size, args.captions_per_image), args)
+    run_set(Scenes(args.num_images, args.seed, args.scene_size, args.captions_per_image, args.sounds), args)
 
 
 class Scenes(ImageSet):
@@ -67,6 +74,7 @@ class Scenes(ImageSet):
         seed: of everything.
         image_size: side in pixels.
         captions_per_image: how many.
+        sounds: whether each scene has one.
 
     Raises:
         UserError: a number is too small.
@@ -74,7 +82,14 @@ class Scenes(ImageSet):
 
     name = "scenes"
 
-    def __init__(self, num_images: int, seed: int = 1, image_size: int = 64, captions_per_image: int = 5) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        seed: int = 1,
+        image_size: int = 64,
+        captions_per_image: int = 5,
+        sounds: bool = False,
+    ) -> None:
         _assert_at_least("--num-images", num_images, MIN_IMAGES)
         _assert_at_least("--seed", seed, 0)
         _assert_at_least("--image-size", image_size, MIN_SIDE)
@@ -86,6 +101,9 @@ class Scenes(ImageSet):
             "captions_per_image": captions_per_image,
             "generator": GENERATOR_VERSION,
         }
+        # Sets without sounds are named as they were before there were any.
+        if sounds:
+            self.options["sounds"] = True
         self.sources: dict[str, Path] = {}
         splits = [_SPLIT_CYCLE[index % len(_SPLIT_CYCLE)] for index in range(num_images)]
         self.counts = {split: splits.count(split) for split in dict.fromkeys(_SPLIT_CYCLE)}
@@ -103,7 +121,14 @@ class Scenes(ImageSet):
         options = self.options
         for number in numbers[start:stop]:
             attempt = int(self._attempts[number])
-            yield make_sample(number, attempt, options["seed"], options["scene_size"], options["captions_per_image"])
+            yield make_sample(
+                number,
+                attempt,
+                options["seed"],
+                options["scene_size"],
+                options["captions_per_image"],
+                options.get("sounds", False),
+            )
 
 
 def _assert_at_least(option: str, value: int, least: int) -> None:
@@ -130,7 +155,7 @@ def choose_attempts(seed: int, num_images: int) -> np.ndarray:
     return attempts
 
 
-def make_sample(index: int, attempt: int, seed: int, size: int, num_captions: int) -> RawSample:
+def make_sample(index: int, attempt: int, seed: int, size: int, num_captions: int, sounds: bool = False) -> RawSample:
     """Render and describe one scene.
 
     Args:
@@ -139,6 +164,7 @@ def make_sample(index: int, attempt: int, seed: int, size: int, num_captions: in
         seed: of the set.
         size: side in pixels.
         num_captions: how many.
+        sounds: make its sound, too.
     """
     scene = make_scene(seed, index, attempt)
     image, boxes = render(scene, size, np.random.default_rng((seed, index)))
@@ -160,4 +186,6 @@ def make_sample(index: int, attempt: int, seed: int, size: int, num_captions: in
         },
         "statements": make_statements(scene, words),
     }
-    return RawSample(f"{index:06d}", image, tuple(captions), image_id=index, meta=meta)
+    # Its own generator, so that images and words are those of a set without sounds.
+    sound = render_sound(scene, np.random.default_rng((seed, index, 1))) if sounds else None
+    return RawSample(f"{index:06d}", image, tuple(captions), image_id=index, meta=meta, sound=sound)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_operations_against_a_count_by_hand(attention: str) -> None:
         "image": 2 * 16 * 12 * 16 + 3 * block_flops(17) + head,
         "caption": 4 * block_flops(5) + head,
     }
+
+
+def test_what_a_sound_costs() -> None:
+    silent, hears = small_student().eval(), small_student(audio_encoder="data2vec2", audio_conv_width=4).eval()
+    few, more = (student_flops(hears, replace(SIZES, samples=samples)) for samples in (4000, 8000))
+    assert few.keys() == {"image", "caption", "sound"} and 1.9 * few["sound"] < more["sound"] < 2.5 * few["sound"]
+    assert student_flops(hears, SIZES) == student_flops(silent, SIZES)
+    heard = activation_bytes(hears, replace(SIZES, samples=4000), 4)
+    assert heard > activation_bytes(hears, SIZES, 4) == activation_bytes(silent, SIZES, 4)
 
 
 def test_operations_of_a_product() -> None:
@@ -307,7 +317,7 @@ def test_options_change_what_is_counted(recipe: Path, tmp_path: Path) -> None:
     text = next(part for part in student["parts"] if part["name"] == "text encoder")
     assert [part["name"] for part in text["parts"] if part["trainable"]] == ["block 3"]
     assert [part["name"] for part in student["parts"]][-1] == "heads"
-    assert found["input"] == {"image_size": 8, "tokens": 9, "captions": 2}
+    assert found["input"] == {"image_size": 8, "tokens": 9, "captions": 2, "samples": 0}
     assert found["memory_estimate"]["batch_size"] == 2
     assert any("as wide as the student's" in note for note in found["notes"])
 

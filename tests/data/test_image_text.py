@@ -17,6 +17,7 @@ from emkum.data.image_text import ImageTextDataset, ImageTextItem, MultiCropConf
 from emkum.data.masking import IGNORE, BlockMasking, TextMaskingConfig
 from emkum.data.shard_writing import ShardWriter
 from emkum.data.shards import ShardedSamples
+from emkum.data.sounds import SoundConfig, to_wav
 from emkum.data.tokenizers import SpecialTokens, encode, load_tokenizer
 from emkum.data.transforms import ImageTransform
 from emkum.errors import UserError
@@ -493,3 +494,35 @@ def test_padding_is_masked_for_every_tokenizer(model_file: Path, samples: Sharde
     batch = collate([item(i, [encode(tokenizer, text, 64)]) for i, text in enumerate(texts)])
     lengths: Tensor = batch["net_input"]["padding_mask"].logical_not().sum(1)
     assert lengths.tolist() == [len(encode(tokenizer, text, 64)) for text in texts]
+
+
+# sounds ---------------------------------------------------------------------------------------------------------------
+
+
+def test_sounds_are_cropped_and_padded(samples: ShardedSamples, tmp_path: Path) -> None:
+    lengths = (450, 900, 1500, 600)
+    sounds = [np.arange(1, length + 1, dtype=np.int16) for length in lengths]
+    with ShardWriter(tmp_path / "train") as writer:
+        for number, sound in enumerate(sounds):
+            writer.add(f"key{number}", encoded(gradient()), "png", ["10 10"], sound=to_wav(sound))
+    heard = ShardedSamples(tmp_path / "train")
+    longest = SoundConfig(800 / 16_000)
+    training = ImageTextDataset(heard, Words(), RANDOM, sounds=longest)
+    batch = collate(training.__getitems__(range(4)))["net_input"]
+    assert batch["audio"].shape == (4, 800) and batch["audio"].dtype == torch.int16
+    assert (~batch["audio_padding_mask"]).sum(1).tolist() == [450, 800, 800, 600]
+    assert torch.equal(batch["audio"] == 0, batch["audio_padding_mask"])
+    starts = set()
+    for training.epoch in range(1, 6):
+        starts.add(int(training[2].sound[0]))
+        assert np.array_equal(training[2].sound, training[2].sound)
+    assert len(starts) > 1
+    scored = ImageTextDataset(heard, Words(), ImageTransform(16), sounds=longest, split="valid")
+    assert int(scored[2].sound[0]) == 351 and np.array_equal(scored[0].sound, sounds[0])
+    silent = ImageTextDataset(heard, Words(), RANDOM)
+    assert "audio" not in collate([silent[0]])["net_input"]
+    # Whether sounds are read changes no crop.
+    training.set_epoch(1)
+    assert torch.equal(silent[1].image, training[1].image)
+    with pytest.raises(UserError, match="split train has 4 of 4 images without a sound; prepare it with --sounds"):
+        ImageTextDataset(samples, Words(), RANDOM, sounds=longest)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from emkum.data.mixture import MixedSamples, ReducedSamples
 from emkum.data.shard_writing import ShardWriter
-from emkum.data.shards import INDEX_NAME, MANIFEST_NAME, ShardedSamples, available_splits, open_split
+from emkum.data.shards import INDEX_DTYPE, INDEX_NAME, MANIFEST_NAME, ShardedSamples, available_splits, open_split
 from emkum.errors import UserError
 
 NUM_SAMPLES = 25
@@ -294,3 +295,47 @@ def test_damaged_bytes_are_found_on_reading(samples: ShardedSamples) -> None:
     assert again[4].image == _image(4)
     with pytest.raises(UserError, match="000000.tar is damaged at sample 5"):
         again[5]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sounds
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_with_sounds(directory: Path) -> ShardedSamples:
+    """Every second sample has a sound; what stands for it are bytes that are no WAV."""
+    with ShardWriter(directory, 10) as writer:
+        for number in range(NUM_SAMPLES):
+            sound = _image(100 + number) if number % 2 else b""
+            writer.add(f"key{number:04d}", _image(number), "jpg", _captions(number), sound=sound)
+    return ShardedSamples(directory)
+
+
+def test_sounds_come_back_where_there_are_any(tmp_path: Path, samples: ShardedSamples) -> None:
+    heard = write_with_sounds(tmp_path / "heard" / "train")
+    for number in range(NUM_SAMPLES):
+        sample = heard[number]
+        assert sample.sound == (_image(100 + number) if number % 2 else b"")
+        assert (sample.image, sample.captions) == (_image(number), tuple(_captions(number)))
+    assert heard.has_sound.tolist() == [number % 2 == 1 for number in range(NUM_SAMPLES)]
+    mixed = MixedSamples([ReducedSamples(heard, 0.5, seed=1), samples])
+    assert mixed.has_sound.tolist() == [mixed[row].sound != b"" for row in range(len(mixed))]
+    assert 0 < mixed.has_sound.sum() < len(mixed)
+    # Sets without sounds have the index that they had before there were any.
+    assert not samples.has_sound.any() and samples[0].sound == b""
+    assert np.load(samples.directory / INDEX_NAME).dtype == INDEX_DTYPE
+    assert np.load(heard.directory / INDEX_NAME).dtype.itemsize == INDEX_DTYPE.itemsize + 12
+    with tarfile.open(heard.directory / "000000.tar") as archive:
+        names = [name for name in archive.getnames() if name.startswith("key0001")]
+    assert names == ["key0001.jpg", "key0001.txt", "key0001.json", "key0001.wav"]
+
+
+def test_a_damaged_sound_is_refused(tmp_path: Path) -> None:
+    heard = write_with_sounds(tmp_path / "train")
+    path = heard.directory / "000000.tar"
+    content = bytearray(path.read_bytes())
+    content[content.index(_image(101))] ^= 1
+    path.write_bytes(content)
+    assert heard[0].sound == b""
+    with pytest.raises(UserError, match="000000.tar is damaged at sample 1: prepare the data again"):
+        heard[1]

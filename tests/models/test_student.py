@@ -11,7 +11,7 @@ from emkum.layers.attention import choose_attention_kernel
 from emkum.layers.token_types import IMAGE, TEXT, TokenTypes
 from emkum.models.builders import Targets, build_student
 from emkum.models.encoder_builders import SIZES
-from emkum.models.student import ImageNormalizer, ImageTextStudent
+from emkum.models.student import ImageNormalizer, ImageTextStudent, normalized_sounds
 from emkum.outputs import StudentOutput
 
 PAD, VOCABULARY, SIDE = 1, 30, 16
@@ -321,3 +321,41 @@ def test_half_precision_on_a_gpu_is_close_to_float32(dtype: torch.dtype) -> None
     for expected, actual in zip(compared(exact), compared(rough), strict=True):
         assert actual.dtype == dtype
         assert (actual.float() - expected).norm() < 2e-2 * expected.norm()
+
+
+# sounds ---------------------------------------------------------------------------------------------------------------
+
+
+def sounds(lengths: tuple[int, ...] = (1600, 700, 420), padded_to: int = 1600) -> tuple[Tensor, Tensor]:
+    """Random sounds, each of its own loudness and offset, and their padding mask."""
+    padding = torch.arange(padded_to) >= torch.tensor(lengths)[:, None]
+    generator = torch.Generator().manual_seed(3)
+    samples = torch.randn(len(lengths), padded_to, generator=generator) * torch.tensor([[3000.0], [50.0], [900.0]])
+    return (samples + torch.tensor([[500.0], [-20.0], [0.0]])).to(torch.int16).masked_fill(padding, 0), padding
+
+
+def test_each_sound_gets_mean_0_and_variance_1() -> None:
+    samples, padding = sounds()
+    found = normalized_sounds(samples, padding, torch.float64)
+    for row, mask in zip(found, padding, strict=True):
+        assert row[~mask].mean().abs() < 1e-9 and row[mask].abs().sum() == 0
+    alone = nn.functional.layer_norm(samples[1, :700].double() / 32768, (700,), eps=1e-5)
+    torch.testing.assert_close(found[1, :700], alone)
+    torch.testing.assert_close(normalized_sounds(samples[1:2, :700], None, torch.float64)[0], alone)
+    assert found[0].square().mean() == pytest.approx(1, abs=0.01)
+    assert normalized_sounds(torch.zeros(1, 500, dtype=torch.int16)).abs().sum() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"token_type_place": "before"}, {"position_kind": "learned"}])
+def test_a_sound_is_the_same_alone_and_in_a_batch(options: dict[str, Any]) -> None:
+    model = student(audio_encoder="data2vec2", audio_conv_width=4, audio_layers=2, head_itc="linear", **options)
+    for padded_to in (1600, 2500):
+        samples, padding = sounds(padded_to=padded_to)
+        together = model.encode_audio(samples, padding)
+        assert together.tokens.shape[:2] == together.padding_mask.shape
+        for row, length in enumerate((1600, 700, 420)):
+            alone = model.encode_audio(samples[row : row + 1, :length])
+            torch.testing.assert_close(together.features[row : row + 1], alone.features, rtol=0, atol=1e-6)
+    assert len(model.heads.contrast) == 3 and student(head_itc="linear").audio_encoder is None
+    types = model.before["token_types"] if "token_type_place" in options else model.after["token_types"]
+    assert types.embedding.weight.shape[0] == 3

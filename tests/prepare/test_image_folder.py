@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from emkum.data.shards import available_splits, open_split
+from emkum.data.sounds import to_wav
 from emkum.data.tokenizers import load_tokenizer
 from emkum.errors import UserError
 from emkum.prepare.caption_tables import CaptionTable
@@ -446,3 +447,54 @@ def test_real_photos_with_their_table(shared_data: Path, tmp_path: Path, run_pre
     for sample in _samples(tmp_path / "out", "valid")[:20]:
         name = sample.meta["file_name"]
         assert sample.captions == tuple(caption.strip() for image, caption in rows if image == name)
+
+
+# sounds ---------------------------------------------------------------------------------------------------------------
+
+
+def _sound(seed: int) -> bytes:
+    return to_wav(np.random.default_rng(seed).integers(-9000, 9000, 900).astype(np.int16))
+
+
+def test_sounds_that_a_table_names(tmp_path, run_prepare) -> None:
+    images = _write(tmp_path / "photos", {f"{n}.jpg": _jpeg(n) for n in range(30)})
+    clips = {f"clip {n}.wav": _sound(n) for n in range(30)} | {"clip 3.wav": b"no sound", "clip 4.wav": b""}
+    del clips["clip 5.wav"]
+    sounds = _archive(tmp_path / "clips.zip", {f"in/{name}": content for name, content in clips.items()})
+    rows = [
+        [f"{n}.jpg", f"image {n} {k}", f"clip {n}.wav" if k == 1 and n != 6 else ""] for n in range(30) for k in (0, 1)
+    ]
+    table = tmp_path / "table.csv"
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "caption", "Audio"], *rows])
+    options = ("--captions", table, "--sounds", sounds, "--vocab-size", 0, "--max-bad-fraction", 0.5)
+    _run(run_prepare, images, tmp_path / "out", *options, "--valid-fraction", 0)
+    samples = _samples(tmp_path / "out", "train")
+    assert [sample.key for sample in samples] == [str(n) for n in range(30) if n not in (3, 4, 5, 6)]
+    assert all(sample.sound == _sound(int(sample.key)) and len(sample.captions) == 2 for sample in samples)
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    reasons = {entry["key"]: entry["reason"] for entry in skipped}
+    assert reasons["5"] == "sound: there is no clip 5.wav in clips.zip" and reasons["6"].endswith("none in the table")
+    assert reasons["3"].startswith("sound: ") and reasons["4"].startswith("sound: ") and len(reasons) == 4
+    # The column is not looked for unless sounds are wanted.
+    _run(run_prepare, images, tmp_path / "silent", "--captions", table, "--vocab-size", 0, "--valid-fraction", 0)
+    assert len(_samples(tmp_path / "silent", "train")) == 30
+
+
+def test_wrong_tables_of_sounds(tmp_path, run_prepare) -> None:
+    images = _write(tmp_path / "photos", {f"{n}.jpg": _jpeg(n) for n in range(3)})
+    sounds = _write(tmp_path / "clips", {"a.wav": _sound(0), "b.wav": _sound(1)})
+    table = tmp_path / "table.csv"
+    given = ("--captions", table, "--sounds", sounds)
+    table.write_text("image,caption,sound\n0.jpg,x,a.wav\n0.jpg,y,b.wav\n")
+    for more, reason in (
+        (given, "table.csv, line 3: b.wav is a second sound of 0.jpg; an image has one"),
+        ((*given, "--sound-column", "clip"), "--sound-column clip: .* has the columns image, caption, sound"),
+        (("--captions", table, "--sound-column", "sound"), "--sound-column names files of --sounds PATH"),
+        (("--sounds", sounds), "--sounds needs a table"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            _run(run_prepare, images, tmp_path / "out", *more)
+    table.write_text("image,caption\n0.jpg,x\n")
+    with pytest.raises(UserError, match="none of sound, audio, .*: name one with --sound-column"):
+        _run(run_prepare, images, tmp_path / "out", *given)

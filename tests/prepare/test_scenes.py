@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from emkum.data.shards import ShardSample, available_splits, open_split
+from emkum.data.sounds import decode_sound
 from emkum.data.tokenizers import load_tokenizer
 from emkum.errors import UserError
 from emkum.prepare.raw_set import Settings
@@ -24,9 +25,12 @@ from emkum.prepare.scene_facts import (
     SHAPES,
     SIZES,
     TEXTURES,
+    Scene,
+    SceneObject,
     tones,
     visible_colors,
 )
+from emkum.prepare.scene_sounds import render_sound
 from emkum.prepare.scenes import Scenes, choose_attempts, make_sample, make_scene
 
 NUM_IMAGES = 300
@@ -425,3 +429,64 @@ def test_tokenizer_knows_every_word(out: Path, samples: list[ShardSample]) -> No
     texts = [caption for sample in samples for caption in sample.captions]
     assert not any(3 in tokenizer.pieces(text) for text in texts)
     assert max(len(tokenizer.pieces(text)) for text in texts) < 62
+
+
+# Sounds.
+
+
+def _spectrum(samples: np.ndarray) -> np.ndarray:
+    """Power at each whole Hz."""
+    return np.abs(np.fft.rfft(samples, 16_000)) ** 2
+
+
+def test_sounds_change_nothing_else(tmp_path: Path, run_prepare, folder_bytes) -> None:
+    options = ("--num-images", 20, "--seed", 3, "--image-size", 32, "--vocab-size", 0)
+    run_prepare("scenes", "--out", tmp_path / "silent", *options)
+    for name in ("heard", "again"):
+        run_prepare("scenes", "--out", tmp_path / name, *options, "--sounds")
+    assert folder_bytes(tmp_path / "heard") == folder_bytes(tmp_path / "again")
+    silent, heard = (list(open_split(tmp_path / name, "train")) for name in ("silent", "heard"))
+    assert [sample._replace(sound=b"") for sample in heard] == silent
+    assert all(0.1 < len(decode_sound(sample.sound)) / 16_000 < 0.65 for sample in heard)
+    assert len({sample.sound for sample in heard}) == len(heard)
+    records = [json.loads((tmp_path / name / "prepare.json").read_text())["options"] for name in ("silent", "heard")]
+    assert "sounds" not in records[0] and records[1] == records[0] | {"sounds": True}
+
+
+def test_a_sound_tells_color_shape_size_and_cell() -> None:
+    def lone(shape: str, color: str, size: str, row: int, column: int) -> np.ndarray:
+        item = SceneObject(shape, color, size, row, column, 0.5, 0.5, 0.1, 0.0)
+        return decode_sound(render_sound(Scene((item,), "plain", "gray"), np.random.default_rng(0)))
+
+    pitches = []
+    for color in COLORS:
+        spectrum = _spectrum(lone("circle", color, "large", 0, 0))
+        pitches.append(200 + int(spectrum[200:].argmax()))
+    assert np.allclose(np.array(pitches[1:]) / pitches[:-1], 2 ** (3 / 12), atol=0.03)
+    # A circle's tone is pure; a square's has a third multiple, and no second one.
+    red = pitches[0]
+    power = {shape: _spectrum(lone(shape, "red", "large", 0, 0)) for shape in SHAPES}
+    around = {shape: [power[shape][n * red - 15 : n * red + 15].max() for n in (1, 2, 3)] for shape in SHAPES}
+    assert around["circle"][2] < 0.01 * around["circle"][0] and around["square"][2] > 0.1 * around["square"][0]
+    assert around["square"][1] < 0.01 * around["square"][0] < around["star"][1]
+    assert len({tuple(np.rint(np.log10(values)).tolist()) for values in around.values()}) > 4
+    assert len(lone("circle", "red", "large", 0, 0)) > len(lone("circle", "red", "small", 0, 0)) + 1000
+    begins = []
+    for cell in range(9):
+        loud = np.abs(lone("circle", "black", "small", *divmod(cell, 3))) > 0.12 * 32768
+        begins.append(int(loud.argmax()))
+    assert np.allclose(np.diff(begins), 800, atol=60)
+
+
+def test_a_sound_tells_the_background() -> None:
+    item = SceneObject("circle", "red", "small", 2, 2, 0.5, 0.5, 0.1, 0.0)
+    hums = {}
+    for texture in TEXTURES:
+        for background in BACKGROUND_COLORS:
+            sound = decode_sound(render_sound(Scene((item,), texture, background), np.random.default_rng(0)))
+            hums[texture, background] = sound[:6000].astype(float)
+    plain = [20 + int(_spectrum(hums["plain", background])[20:200].argmax()) for background in BACKGROUND_COLORS]
+    assert np.all(np.diff(plain) > 5)
+    loud = {texture: np.abs(hums[texture, "gray"]).reshape(-1, 400).max(1) for texture in TEXTURES}
+    assert loud["gradient"][-1] > 3 * loud["gradient"][0] and loud["plain"].min() > 0.5 * loud["plain"].max()
+    assert loud["checkered"].min() < 0.4 * loud["checkered"].max()

@@ -1,5 +1,6 @@
 """The one criterion: weighs the model's objectives, sums and logs."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from omegaconf import II
 
-from emkum.objectives import OBJECTIVE_PARTS
+from emkum.objectives import HEARD, OBJECTIVE_PARTS
 from emkum.objectives.weights import WeightConfig, assert_schedule, weight_at
 from emkum.options import collect_parts
 
@@ -20,7 +21,9 @@ class _Base(FairseqDataclass):
     max_update: int = II("optimization.max_update")
 
 
-_WEIGHTS = dict.fromkeys(OBJECTIVE_PARTS, WeightConfig)
+# Of images and sounds, a further factor of all objectives.
+_AUDIO = "audio_loss"
+_WEIGHTS = dict.fromkeys((*OBJECTIVE_PARTS, _AUDIO), WeightConfig)
 MultiObjectiveConfig = flat_dataclass("MultiObjectiveConfig", _WEIGHTS, base=_Base)
 
 
@@ -44,8 +47,7 @@ class MultiObjectiveCriterion(FairseqCriterion):
 
     def forward(self, model: Any, sample: dict[str, Any], reduce: bool = True) -> tuple:
         outputs, student = model(**self.task.student_input(sample), targets=self.task.teacher_targets(sample))
-        done = model.num_updates
-        weights = {name: weight_at(self.weights[name], done, self.max_updates) for name in outputs}
+        weights = {name: self._weight(name, model.num_updates) for name in outputs}
         loss = sum(weights[name] * output.loss.float() for name, output in outputs.items())
         log = {"loss": loss.detach(), "ntokens": sample["ntokens"], "nsentences": sample["nsentences"]}
         log["sample_size"] = log["batches"] = 1
@@ -55,6 +57,12 @@ class MultiObjectiveCriterion(FairseqCriterion):
         if not model.training:
             self.task.collect_features(sample, student)
         return loss, 1, log
+
+    def _weight(self, output: str, num_updates: int) -> float:
+        """Factor of an objective's loss, or of its loss on sounds."""
+        name = output.removeprefix(HEARD)
+        parts = (name,) if name == output else (name, _AUDIO)
+        return math.prod(weight_at(self.weights[part], num_updates, self.max_updates) for part in parts)
 
     # Of a fairseq batch, but not a figure to average.
     _COUNTS = ("ntokens", "nsentences", "sample_size", "batches")

@@ -1,7 +1,7 @@
 """The student and its objectives as one fairseq model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Optional
 
@@ -22,10 +22,12 @@ from emkum.models.parameter_groups import FreezeConfig, LearningRateConfig, assi
 from emkum.models.student import ImageTextStudent
 from emkum.models.student_start import fill_objectives, fill_student
 from emkum.objectives import (
+    HEARD,
     OBJECTIVE_PARTS,
     Requirements,
     Setting,
     build_objectives,
+    heard_objectives,
     objective_configs,
     parse_objectives,
     required,
@@ -94,6 +96,9 @@ class ImageTextStudentModel(UpdatingModel):
 
     Objectives are inside because their parameters and banks are trained, saved and restored with the model.
 
+    Where the student hears, each objective that compares images with captions is there a second time, with a state of
+    its own, for images and sounds: captions and sounds never meet.
+
     Args:
         student: is trained.
         objectives: by name.
@@ -103,6 +108,7 @@ class ImageTextStudentModel(UpdatingModel):
         decay: of the average, from the number of updates done.
         chunk: see `--contrastive-chunk`.
         fused_attention: let the device choose among fused and plain attention.
+        audio_objectives: by name, of images and sounds; None = the student does not hear.
     """
 
     def __init__(
@@ -115,10 +121,12 @@ class ImageTextStudentModel(UpdatingModel):
         decay: Callable[[int], float] = lambda num_updates: 0.0,
         chunk: int = 0,
         fused_attention: bool = True,
+        audio_objectives: nn.ModuleDict | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.objectives = objectives
+        self.audio_objectives = nn.ModuleDict() if audio_objectives is None else audio_objectives
         self.needs = needs or Requirements()
         self.autocast = Autocast(autocast)
         self.ema = ema
@@ -162,13 +170,18 @@ class ImageTextStudentModel(UpdatingModel):
                 f"{wanting} compares with the student's moving average: give --average-decay, such as 0.999"
             )
         ema = EmaCopy(student, decay(0)) if decay(0) > 0 else None
-        objectives = build_objectives(list(configs), cfg, _setting(cfg, task, student))
+        setting = _setting(cfg, task, student)
+        objectives = build_objectives(list(configs), cfg, setting)
+        heard = heard_objectives(names) if student.audio_encoder is not None else []
+        audio_objectives = build_objectives([name for name in heard if name in configs], cfg, setting)
         if start is not None:
             fill_objectives(objectives, start)
         fused = cfg.student_attention == "fused"
         if task.teacher is not None:
-            assert_fitted_to(objectives, task.teacher.identity)
-        model = cls(student, objectives, needs, cfg.autocast, ema, decay, cfg.contrastive_chunk, fused)
+            for group in (objectives, audio_objectives):
+                assert_fitted_to(group, task.teacher.identity)
+        chunk = cfg.contrastive_chunk
+        model = cls(student, objectives, needs, cfg.autocast, ema, decay, chunk, fused, audio_objectives)
         model.leaves_out = task.teacher is None and not task.load_pretrained
         task.bind_average(None if ema is None else ema.module)
         freeze(student, collect_parts({"freeze": FreezeConfig}, cfg)["freeze"])
@@ -191,10 +204,13 @@ class ImageTextStudentModel(UpdatingModel):
         patch_mask: Tensor | None = None,
         crops: Tensor | None = None,
         sample_ids: Tensor | None = None,
+        audio: Tensor | None = None,
+        audio_padding_mask: Tensor | None = None,
     ) -> tuple[dict[str, ObjectiveOutput], StudentOutput]:
         """Losses of a batch of B images and T captions, by objective, and the student's output.
 
-        Shapes are those of `emkum.data.image_text.collate`; `targets` are the teacher's for the same images.
+        Shapes are those of `emkum.data.image_text.collate`; `targets` are the teacher's for the same images. Losses of
+        images and sounds are called as those of images and captions, with HEARD before the name.
         """
         prepare_attention(self, self.autocast, image.device, self.fused_attention)
         captions_of = partial(
@@ -205,7 +221,11 @@ class ImageTextStudentModel(UpdatingModel):
         if self.needs.average:
             with torch.no_grad():
                 moving = self.ema.module
-                average = StudentOutput(self._images(moving, image), captions_of(moving, text))
+                average = StudentOutput(
+                    self._images(moving, image),
+                    captions_of(moving, text),
+                    audio=self._sounds(moving, audio, audio_padding_mask),
+                )
         student = StudentOutput(
             image=self._images(self.student, image),
             text=captions_of(self.student, text),
@@ -214,9 +234,24 @@ class ImageTextStudentModel(UpdatingModel):
             average=average,
             # There are no further crops at validation.
             crops=None if crops is None else self._images(self.student, crops),
+            audio=self._sounds(self.student, audio, audio_padding_mask),
         )
         batch = Batch(image_ids, caption_image, special, text_targets, patch_mask, num_text_targets, sample_ids)
-        return {name: objective(student, targets, batch) for name, objective in self.objectives.items()}, student
+        outputs = {name: objective(student, targets, batch) for name, objective in self.objectives.items()}
+        if len(self.audio_objectives) > 0:
+            outputs |= self._losses_of_sounds(student, targets, batch, audio_padding_mask)
+        return outputs, student
+
+    def _losses_of_sounds(
+        self, student: StudentOutput, targets: TeacherOutput | None, batch: Batch, padding_mask: Tensor
+    ) -> dict[str, ObjectiveOutput]:
+        """Of images and sounds, whose padding mask (B, L) is of samples; other arguments as of `Objective.forward`."""
+        special = self.student.audio_encoder.token_padding(padding_mask)
+        special[:, 0] = True
+        batch, heard = batch.with_sounds_for_captions(special), student.with_sounds_for_captions()
+        # A sound is to predict what its image gives, as captions do without a target of their own.
+        targets = None if targets is None else replace(targets, text_features=None)
+        return {HEARD + name: part(heard, targets, batch) for name, part in self.audio_objectives.items()}
 
     def _images(self, student: ImageTextStudent, images: Tensor, patch_mask: Tensor | None = None) -> ModalityOutput:
         """Images through a student, in training in chunks."""
@@ -251,6 +286,23 @@ class ImageTextStudentModel(UpdatingModel):
         pieces = [(text[rows, :length], padding_mask[rows, :length]) for rows, length in places]
         return encode_in_chunks(encode, pieces, student, text.shape[1], self.needs.tokens, padding_mask)
 
+    def _sounds(
+        self, student: ImageTextStudent, audio: Tensor | None, padding_mask: Tensor | None
+    ) -> ModalityOutput | None:
+        """Sounds through a student, likewise; None where it hears none."""
+        if student.audio_encoder is None:
+            return None
+
+        def encode(samples: Tensor, padding: Tensor) -> ModalityOutput:
+            with self.autocast.context(audio.device, enabled=self.training):
+                return student.encode_audio(samples, padding)
+
+        if not self._is_chunked(self.chunk, len(audio)):
+            return encode(audio, padding_mask)
+        pieces = list(zip(audio.split(self.chunk), padding_mask.split(self.chunk), strict=True))
+        hidden = student.audio_encoder.token_padding(padding_mask)
+        return encode_in_chunks(encode, pieces, student, keep_tokens=self.needs.tokens, padding_mask=hidden)
+
     def _is_chunked(self, chunk: int, rows: int) -> bool:
         return 0 < chunk < rows and self.training
 
@@ -267,12 +319,18 @@ class ImageTextStudentModel(UpdatingModel):
         decay = self.decay(num_updates)
         if self.ema is not None:
             self.ema.follow(self.student, num_updates, decay)
-        for objective in self.objectives.values():
+        for objective in (*self.objectives.values(), *self.audio_objectives.values()):
             objective.begin_update(num_updates, decay)
 
 
 # Of a checkpoint, what is there for a teacher's sake.
-_OF_A_TEACHER = ("objectives.", "student.heads.prediction.", "student.heads.logits.", "student.mask_token")
+_OF_A_TEACHER = (
+    "objectives.",
+    "audio_objectives.",
+    "student.heads.prediction.",
+    "student.heads.logits.",
+    "student.mask_token",
+)
 
 
 def _assert_shared_encoder(cfg: Any, needs: Requirements) -> None:

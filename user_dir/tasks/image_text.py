@@ -16,12 +16,14 @@ from emkum.data.image_text import CaptionConfig, ImageTextDataset, MultiCropConf
 from emkum.data.masking import BlockMasking, PatchMaskingConfig, TextMaskingConfig, assert_mask_token
 from emkum.data.order import OrderConfig
 from emkum.data.shards import available_splits
+from emkum.data.sounds import SoundConfig
 from emkum.data.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 from emkum.data.transforms import CropConfig, ImageTransform
 from emkum.distributed import all_gather_rows, rank, world_size
 from emkum.errors import UserError
 from emkum.layers.token_types import TokenTypes
 from emkum.models.builders import count_image_tokens
+from emkum.models.encoder_builders import NO_AUDIO
 from emkum.models.student_start import StudentStart, assert_same_tokenizer, read_start
 from emkum.models.teacher_builders import FORMS, assert_reads_images, build_teacher
 from emkum.objectives import Requirements, assert_teacher_gives, objective_configs, parse_objectives
@@ -46,6 +48,7 @@ TASK_PARTS = {
     "multi_crop": MultiCropConfig,
     "text_mask": TextMaskingConfig,
     "patch_mask": PatchMaskingConfig,
+    "sound": SoundConfig,
     "teacher": TeacherConfig,
     "zero_shot": ZeroShotConfig,
 }
@@ -81,6 +84,7 @@ class ImageTextTask(PreparedDataTask):
         parts = collect_parts(TASK_PARTS, cfg)
         self.crops, self.augment, self.captions = parts["crop"], parts["augment"], parts["caption"]
         self.order, self.teacher_config = parts["order"], parts["teacher"]
+        self.sounds, self.hears = parts["sound"], False
         self.multi_crop, self.text_mask, self.patch_mask = parts["multi_crop"], parts["text_mask"], parts["patch_mask"]
         # What the objectives want of each sample beside images and captions; known once the model is built.
         self.needs = Requirements()
@@ -123,6 +127,7 @@ class ImageTextTask(PreparedDataTask):
             with open_dict(cfg):
                 cfg.update(self.start.options)
         self.image_size = cfg.image_size
+        self.hears = (cfg.audio_encoder or NO_AUDIO) != NO_AUDIO
         if self.cfg.teacher:
             if self.cfg.teacher == SELF:
                 self.teacher = SelfTeacher(cfg.image_size)
@@ -223,6 +228,7 @@ class ImageTextTask(PreparedDataTask):
             text_masking=self.text_mask if self.needs.masked_text else None,
             patch_masking=self.patch_masking,
             multi_crop=self.multi_crop if training and self.needs.crops else None,
+            sounds=self.sounds if self.hears else None,
         )
         if self.teacher is not None:
             self.teacher.open_split(split, samples.content_hash(), dataset.describe_crops())
