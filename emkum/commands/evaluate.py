@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from emkum.commands import evaluate_images, evaluate_zero_shot, finetune
+from emkum.commands import evaluate_images, evaluate_zero_shot, finetune, scorecard
 from emkum.commands.arguments import assert_at_least
 from emkum.errors import UserError
 from emkum.provenance import write_json
@@ -25,6 +25,15 @@ IMAGE_TEXT, *_ = PAIRS
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="evaluate a trained student or an encoder")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    scorecard.add_parser(kinds)
+    add_retrieval_parser(kinds)
+    evaluate_zero_shot.add_parser(kinds)
+    evaluate_images.add_parser(kinds)
+    finetune.add_parser(kinds)
+
+
+def add_retrieval_parser(kinds: Any) -> None:
+    """Add the sub-command `retrieval`."""
     retrieval = kinds.add_parser(
         "retrieval",
         help="image-text retrieval, both directions",
@@ -61,9 +70,6 @@ def add_parser(commands: Any) -> None:
         "--rerank-k", type=int, default=16, metavar="K", help="candidates that are ordered anew (default: %(default)s)"
     )
     retrieval.set_defaults(run=run_retrieval)
-    evaluate_zero_shot.add_parser(kinds)
-    evaluate_images.add_parser(kinds)
-    finetune.add_parser(kinds)
 
 
 @dataclass
@@ -120,7 +126,7 @@ def run_retrieval(args: argparse.Namespace) -> None:
     import torch
 
     from emkum.checkpoint import load
-    from emkum.commands.retrieval_inputs import compare_split, objectives_for
+    from emkum.commands.retrieval_inputs import ReadSplit, objectives_for
     from emkum.data.shards import open_split
     from emkum.evaluation.report import named_ways, rank_summary, retrieval_table
     from emkum.evaluation.retrieval import average_median_rank, chance_recall, retrieval_metrics
@@ -130,8 +136,9 @@ def run_retrieval(args: argparse.Namespace) -> None:
         raise UserError(f"split {args.split} of {args.data} has no images")
     _assert_pair(args, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.checkpoint, device, objectives_for(args.scores, args.rerank))
-    compared = compare_split(model, samples, args.scores, args.rerank, args.rerank_k, args.batch_size, args.pair)
+    objectives = objectives_for(args.scores, args.rerank)
+    read = ReadSplit(load(args.checkpoint, device, objectives), samples, objectives, args.batch_size, args.pair)
+    compared = read.compared(args.scores, args.rerank, args.rerank_k)
     pairs = compared.score, compared.caption_image, len(samples)
     metrics = retrieval_metrics(*pairs, reranking=compared.reranking)
     metrics |= average_median_rank(*pairs, reranking=compared.reranking)

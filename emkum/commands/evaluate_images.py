@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,43 +211,67 @@ def _weights(args: argparse.Namespace) -> str:
 
 
 def run_knn(args: argparse.Namespace) -> None:
+    from emkum.commands.image_features import open_sets
+    from emkum.evaluation.classification import top_k_accuracy
+    from emkum.evaluation.report import format_table
+
+    sets = open_sets(args.data, args.split)
+    ks = vote_counts(args, sets)
+    with _features(args, sets) as found:
+        accuracy = {k: top_k_accuracy(ranks) for k, ranks in neighbor_ranks(args, sets, found, ks).items()}
+        _print_head(args, sets, found)
+        rows = [{"k": k, **accuracy[k]} for k in ks]
+        print(format_table(rows, {"k": "k", "top_1": "top-1 %", "top_5": "top-5 %"}, decimals=2))
+        metrics = {f"k{k}_{name}": value for k in ks for name, value in accuracy[k].items()}
+        _write(args, sets, found, metrics | {"temperature": args.temperature})
+
+
+def vote_counts(args: argparse.Namespace, sets: "LabeledSets") -> list[int]:
+    """The numbers of neighbors; raises UserError where an option has no sense."""
     ks = parse_numbers(args.k, "--k", int)
     if not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature}: want more than 0")
     assert_at_least(args, **_LEAST)
+    if ks[-1] > len(sets.train.labels):
+        raise UserError(
+            f"--k {ks[-1]}: {sets.train.samples.directory} has {len(sets.train.labels):,} images; choose fewer"
+        )
+    return ks
+
+
+def neighbor_ranks(
+    args: argparse.Namespace, sets: "LabeledSets", found: Features, ks: Sequence[int]
+) -> "dict[int, torch.Tensor]":
+    """`knn_ranks` of `emkum evaluate knn`, with a progress bar.
+
+    Args:
+        args: its options.
+        sets, found: images and their features.
+        ks: of `vote_counts`.
+    """
     from tqdm import tqdm
 
-    from emkum.commands.image_features import open_sets
-    from emkum.evaluation.knn import knn_metrics
-    from emkum.evaluation.report import format_table
+    from emkum.evaluation.knn import knn_ranks
 
-    sets = open_sets(args.data, args.split)
-    known, asked = sets.train.labels, sets.test.labels
-    if ks[-1] > len(known):
-        raise UserError(f"--k {ks[-1]}: {sets.train.samples.directory} has {len(known):,} images; choose fewer")
-    with _features(args, sets) as found:
-        with tqdm(total=len(asked), desc="neighbors", unit="image", disable=None) as progress:
-            metrics = knn_metrics(
-                *(found.train, known, found.test, asked, len(sets.classes), ks, args.temperature, found.device),
-                report=progress.update,
-            )
-        _print_head(args, sets, found)
-        rows = [{"k": k, "top_1": metrics[f"k{k}_top_1"], "top_5": metrics[f"k{k}_top_5"]} for k in ks]
-        print(format_table(rows, {"k": "k", "top_1": "top-1 %", "top_5": "top-5 %"}, decimals=2))
-        _write(args, sets, found, metrics | {"temperature": args.temperature})
+    labels = sets.train.labels, sets.test.labels
+    with tqdm(total=len(labels[1]), desc="neighbors", unit="image", disable=None) as progress:
+        return knn_ranks(
+            *(found.train, labels[0], found.test, labels[1], len(sets.classes), ks, args.temperature, found.device),
+            report=progress.update,
+        )
 
 
 def run_linear(args: argparse.Namespace) -> None:
-    settings = _probe_settings(args)
+    settings = probe_settings(args)
     from emkum.commands.image_features import open_sets
     from emkum.evaluation.classification import top_k_accuracy
     from emkum.evaluation.linear_probe import head_ranks
 
     sets = open_sets(args.data, args.split)
-    held_out = _held_out(args, sets)
+    held_out = draw_held_out(args, sets)
     with _features(args, sets) as found:
         started = time.perf_counter()
-        probe = _train(args, sets, found, settings, held_out)
+        probe = train_probe(args, sets, found, settings, held_out)
         metrics: dict[str, Any] = top_k_accuracy(head_ranks(probe.head, found.test, sets.test.labels)[0])
         metrics["seconds"] = time.perf_counter() - started
         _print_head(args, sets, found)
@@ -257,7 +281,7 @@ def run_linear(args: argparse.Namespace) -> None:
         _write(args, sets, found, metrics | {name: getattr(args, name) for name in _RECORDED[args.solver]})
 
 
-def _probe_settings(args: argparse.Namespace) -> tuple[float, ...]:
+def probe_settings(args: argparse.Namespace) -> tuple[float, ...]:
     """What is tried; raises UserError where an option has no sense."""
     if args.solver not in _RECORDED:
         raise UserError(f"--solver {args.solver!r} is unknown; choose from {', '.join(_RECORDED)}")
@@ -269,7 +293,8 @@ def _probe_settings(args: argparse.Namespace) -> tuple[float, ...]:
     return tuple(parse_numbers(args.strengths, "--strengths", float))
 
 
-def _held_out(args: argparse.Namespace, sets: "LabeledSets") -> "np.ndarray":
+def draw_held_out(args: argparse.Namespace, sets: "LabeledSets") -> "np.ndarray":
+    """(n,) bool, the training images that the choice is made on; raises UserError where none can be."""
     from emkum.evaluation.linear_probe import held_out_rows
 
     try:
@@ -280,13 +305,20 @@ def _held_out(args: argparse.Namespace, sets: "LabeledSets") -> "np.ndarray":
         ) from None
 
 
-def _train(
+def train_probe(
     args: argparse.Namespace,
     sets: "LabeledSets",
     found: Features,
     settings: tuple[float, ...],
     held_out: "np.ndarray",
 ) -> "Probe":
+    """The classifier of `emkum evaluate linear`.
+
+    Args:
+        args: its options.
+        sets, found: images and their features.
+        settings: of `probe_settings`. held_out: of `draw_held_out`.
+    """
     from tqdm import tqdm
 
     from emkum.evaluation.linear_probe import LogisticConfig, SgdConfig, logistic_probe, sgd_probe

@@ -11,8 +11,11 @@ from emkum.errors import UserError
 from emkum.provenance import write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from emkum.checkpoint import ImageTextModel
     from emkum.data.prompts import ClassPrompts, PromptedSet
+    from emkum.data.shards import ShardedSamples
     from emkum.evaluation.zero_shot import Classified
 
 
@@ -50,14 +53,14 @@ def add_parser(kinds: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def classify_set(
-    model: "ImageTextModel", found: "PromptedSet", batch_size: int = 128, workers: int = 0
-) -> "Classified":
-    """Classify every image of a set, with a progress bar.
+def image_features(
+    model: "ImageTextModel", samples: "ShardedSamples", batch_size: int = 128, workers: int = 0
+) -> "Tensor":
+    """(n, D) unit vectors of every image of a split, float32 on the CPU; shows its progress.
 
     Args:
         model: a student.
-        found: the set.
+        samples: the split.
         batch_size: images encoded at once.
         workers: decoding processes; 0 = none.
 
@@ -68,20 +71,37 @@ def classify_set(
     from tqdm import tqdm
 
     from emkum.data.crops import centered_crops
-    from emkum.evaluation.zero_shot import Classified, class_features, classify
+
+    parts = []
+    with tqdm(total=len(samples), desc="encoding images", unit="image", disable=None) as progress:
+        for crops in centered_crops(samples, model.image_size, batch_size, workers):
+            parts.append(_finite(model.encode_crops(crops)))
+            progress.update(len(crops))
+    return torch.cat(parts)
+
+
+def classify_set(model: "ImageTextModel", found: "PromptedSet", images: "Tensor") -> "Classified":
+    """Classify every image of a set.
+
+    Args:
+        model: a student.
+        found: the set.
+        images: (n, D) of `image_features`.
+
+    Raises:
+        UserError: features are not finite.
+    """
+    from emkum.evaluation.zero_shot import class_features, classify
 
     captions, owners = found.prompts.texts(range(len(found.class_names)))
-    classes = class_features(model.encode_text(captions), owners, len(found.class_names))
-    parts, done = [], 0
-    with tqdm(total=len(found.labels), desc="classifying", unit="image", disable=None) as progress:
-        for crops in centered_crops(found.samples, model.image_size, batch_size, workers):
-            features = model.encode_crops(crops)
-            if not bool(features.isfinite().all() & classes.isfinite().all()):
-                raise UserError("the model's features are NaN or infinite: its weights are broken")
-            parts.append(classify(features, classes, found.labels[done : done + len(crops)]))
-            done += len(crops)
-            progress.update(len(crops))
-    return Classified(torch.cat([part.ranks for part in parts]), torch.cat([part.predicted for part in parts]))
+    classes = class_features(_finite(model.encode_text(captions)), owners, len(found.class_names))
+    return classify(images, classes, found.labels)
+
+
+def _finite(features: "Tensor") -> "Tensor":
+    if not bool(features.isfinite().all()):
+        raise UserError("the model's features are NaN or infinite: its weights are broken")
+    return features
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,13 +117,13 @@ def run(args: argparse.Namespace) -> None:
     found = open_prompted_set(args.data, args.split, args.prompts)
     model = load(args.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     workers = default_workers() if args.workers is None else args.workers
-    result = classify_set(model, found, args.batch_size, workers)
+    result = classify_set(model, found, image_features(model, found.samples, args.batch_size, workers))
     metrics = zero_shot_metrics(result.ranks, found.labels, len(found.class_names))
     print(
         f"{args.data}, {args.split}: {metrics['num_images']:,} images of {metrics['num_classes']:,} classes; "
         f"{len(found.prompts.templates):,} templates"
     )
-    shared = _sharing_texts(found.prompts)
+    shared = sharing_texts(found.prompts)
     if shared:
         print(f"{shared:,} classes have the texts of another one: they tie, and ties count against the model")
     rows = [
@@ -115,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     _write(args, found, result, metrics)
 
 
-def _sharing_texts(prompts: "ClassPrompts") -> int:
+def sharing_texts(prompts: "ClassPrompts") -> int:
     """How many classes have the same names as another one."""
     counts = Counter(frozenset(names) for names in prompts.names)
     return sum(count for count in counts.values() if count > 1)

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emkum.checkpoint import ImageTextModel
 from emkum.errors import UserError
 from emkum.layers.pooling import masked_mean
-from emkum.models.encoder_sources import LoadedEncoder, load_image_encoder
+from emkum.models.encoder_sources import LoadedEncoder, image_encoder_of_student, load_image_encoder
 from emkum.models.teacher_builders import build_teacher
 from emkum.teachers.base import IMAGE, Teacher, TeacherConfig, TeacherInput
+from emkum.teachers.encoder_teacher import student_teacher
 
 FEATURES = DEFAULT, CLS, MEAN, BOTH = ("default", "cls", "mean", "both")
 
@@ -70,21 +73,51 @@ def open_model(
         raise UserError(f"--layers {layers}: {source} is run whole; leave it out")
     if kind in _WHOLE or (kind in _WHOLE_UNLESS_CHOSEN and not layers):
         return _whole_model(source, weights, image_size, features, device)
-    loaded = load_image_encoder(source, weights, image_size, layers)
+    return _of_encoder(load_image_encoder(source, weights, image_size, layers), features, device)
+
+
+def open_student(
+    model: ImageTextModel, source: str, whole: bool, features: str = DEFAULT, device: torch.device | str = "cpu"
+) -> FeatureModel:
+    """The same of a student that is in memory already: its image encoder, or all of it.
+
+    Args:
+        model: the student. source: where it is from.
+        whole: with the shared encoder, as checkpoint:RUN.
+        features, device: as for `open_model`.
+    """
+    if not whole:
+        return _of_encoder(image_encoder_of_student(model.student, source), features, device)
+    config, tokenizer = TeacherConfig(pooling=_pooling(features)), Path(model.tokenizer.source)
+    sizes = model.image_size, tokenizer, model.max_tokens
+    teacher = student_teacher(model.student, {"teacher": "checkpoint"}, config, *sizes)
+    return _of_teacher(teacher, source, features, device)
+
+
+def _of_encoder(loaded: LoadedEncoder, features: str, device: torch.device | str) -> FeatureModel:
     identity = loaded.identity | {"features": CLS if features == DEFAULT else features}
     return FeatureModel(EncoderFeatures(loaded, features, device), loaded.encoder.image_size, identity)
 
 
+def _pooling(features: str) -> str:
+    """Of a teacher, whose global feature is the CLS token where that is asked for."""
+    return CLS if features in (CLS, BOTH) else DEFAULT
+
+
 def _whole_model(source: str, weights: str, image_size: int, features: str, device: torch.device | str) -> FeatureModel:
-    pooling = CLS if features in (CLS, BOTH) else DEFAULT
+    config = TeacherConfig(weights=weights, image_size=image_size, pooling=_pooling(features))
     try:
-        teacher = build_teacher(source, TeacherConfig(weights=weights, image_size=image_size, pooling=pooling))
+        teacher = build_teacher(source, config)
     except UserError as error:
         # Its options have other names in training.
         message = error.message.replace("--teacher-pooling", "--features").replace("--teacher-", "--")
         raise UserError(message) from None
     if IMAGE not in teacher.modalities:
         raise UserError(f"{source} does not look at images")
+    return _of_teacher(teacher, source, features, device)
+
+
+def _of_teacher(teacher: Teacher, source: str, features: str, device: torch.device | str) -> FeatureModel:
     if features in (MEAN, BOTH) and teacher.patch_width == 0:
         raise UserError(f"--features {features}: {source} has no patches; choose default")
     return FeatureModel(

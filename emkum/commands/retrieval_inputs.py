@@ -5,6 +5,7 @@ A reader sees each output of the student, in the order of the split, and keeps w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -43,34 +44,49 @@ def objectives_for(scores: str, rerank: str | None) -> list[str]:
     return [*([CMLI] if scores == LATE_INTERACTION else []), *([rerank] if rerank else [])]
 
 
-def compare_split(
-    model: ImageTextModel,
-    samples: ShardedSamples,
-    scores: str = "cls",
-    rerank: str | None = None,
-    rerank_k: int = 16,
-    batch_size: int = 128,
-    pair: str = IMAGE_TEXT,
-) -> ComparedSplit:
-    """Read a split once, for scores and for what orders candidates anew.
+class ReadSplit:
+    """What is left of a split that a model has read once: enough to compare it in several ways.
 
     Args:
-        model: with the objectives of `objectives_for`.
+        model: with the objectives whose parts are wanted.
         samples: the split.
-        scores, rerank, rerank_k: options of `emkum evaluate retrieval`.
+        objectives: some of those: `cmli`, `itm`.
         batch_size: images encoded at once.
         pair: senses that are compared; another than images and text by their features alone.
+
+    Attributes:
+        encoded: features, on the CPU.
     """
-    tokens = TokenReader(model.objectives[CMLI]) if scores == LATE_INTERACTION else None
-    pairs = MatchReader(model.objectives[ITM]) if rerank == ITM else None
-    readers = [reader for reader in (tokens, pairs) if reader is not None]
-    encoded = encode_split(ReadModel(model, readers) if readers else model, samples, batch_size, pair)
-    images, texts = encoded.images.to(model.device), encoded.texts.to(model.device)
-    return ComparedSplit(
-        cosine_scores(images, texts) if tokens is None else tokens.score(),
-        None if pairs is None else Reranking(pairs.match(), rerank_k),
-        encoded.caption_image.to(model.device),
-    )
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        samples: ShardedSamples,
+        objectives: Sequence[str] = (),
+        batch_size: int = 128,
+        pair: str = IMAGE_TEXT,
+    ) -> None:
+        self._device = model.device
+        self._tokens = TokenReader(model.objectives[CMLI]) if CMLI in objectives else None
+        self._pairs = MatchReader(model.objectives[ITM]) if ITM in objectives else None
+        readers = [reader for reader in (self._tokens, self._pairs) if reader is not None]
+        self.encoded = encode_split(ReadModel(model, readers) if readers else model, samples, batch_size, pair)
+
+    @cached_property
+    def _token_scores(self) -> Score:
+        return self._tokens.score()
+
+    def compared(self, scores: str = "cls", rerank: str | None = None, rerank_k: int = 16) -> ComparedSplit:
+        """Scores, and what orders candidates anew, by options of `emkum evaluate retrieval`.
+
+        The objectives of `objectives_for` these must have been read.
+        """
+        images, texts = self.encoded.images.to(self._device), self.encoded.texts.to(self._device)
+        return ComparedSplit(
+            self._token_scores if scores == LATE_INTERACTION else cosine_scores(images, texts),
+            Reranking(self._pairs.match(), rerank_k) if rerank == ITM else None,
+            self.encoded.caption_image.to(self._device),
+        )
 
 
 class Reader(Protocol):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -91,25 +91,35 @@ def read_study(path: Path) -> Study:
     if not {"title", "steps", "tables"} <= content.keys() <= _KEYS:
         raise UserError(f"{path}: want a mapping with title, steps, tables and, if need be, about and places")
     for part in ("steps", "places"):
-        if not _is_mapping_of_words(content.setdefault(part, {})):
+        if not is_mapping_of_words(content.setdefault(part, {})):
             raise UserError(f"{path}: {part} is no mapping of names to words")
     for table in content["tables"]:
         if not isinstance(table, dict) or not {"title", "rows", "columns"} <= table.keys() <= _TABLE_KEYS:
             raise UserError(f"{path}: a table wants title, rows, columns and, if need be, notes")
-    _check_steps(path, content["steps"], {_OUT, _RECIPES, *content["places"]})
+    check_words(path, "step", content["steps"], {_OUT, _RECIPES, *content["places"]})
+    wrong = [name for name in content["steps"] if re.search(r"[^\w.-]", name)]
+    if wrong:
+        raise UserError(f"{path}: step {wrong[0]!r} has a name that is no word: it is that of a file")
     return Study(**content | {"tables": [Table(**table) for table in content["tables"]]})
 
 
-def _check_steps(path: Path, steps: Mapping[str, str], known: set[str]) -> None:
-    for name, words in steps.items():
+def check_words(path: Path, part: str, lines: Mapping[str, str], known: set[str]) -> None:
+    """
+    Args:
+        path: of the file. part: what a line is called in messages.
+        lines: words by name. known: what may stand in braces.
+
+    Raises:
+        UserError: something else stands in braces.
+    """
+    for name, words in lines.items():
         unknown = {word for _, word, _, _ in Formatter().parse(words) if word is not None} - known
-        if unknown or re.search(r"[^\w.-]", name):
-            wrong = f"{{{sorted(unknown)[0]}}}" if unknown else "a name that is no word"
+        if unknown:
             names = ", ".join(f"{{{key}}}" for key in sorted(known))
-            raise UserError(f"{path}: step {name!r} has {wrong}; it may name {names}")
+            raise UserError(f"{path}: {part} {name!r} has {{{sorted(unknown)[0]}}}; it may name {names}")
 
 
-def _is_mapping_of_words(value: Any) -> bool:
+def is_mapping_of_words(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
 
 
@@ -137,6 +147,24 @@ def run(args: argparse.Namespace) -> None:
     print(f"written to {page}")
 
 
+def given_places(places: Mapping[str, str], overrides: Sequence[str]) -> dict[str, str]:
+    """Places with those in their stead that a user has elsewhere.
+
+    Args:
+        places: by the word that stands for them. overrides: name=DIR.
+
+    Raises:
+        UserError: there is no place of that name.
+    """
+    given = dict(places)
+    for word in overrides:
+        name, equals, folder = word.partition("=")
+        if not equals or name not in given:
+            raise UserError(f"{word!r}: want name=DIR with one of {', '.join(given) or 'no name, for there is none'}")
+        given[name] = folder
+    return given
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,12 +176,7 @@ def _words(study: Study, args: argparse.Namespace) -> dict[str, list[str]]:
     Raises:
         UserError: a place is not the study's, or is no folder.
     """
-    places = dict(study.places)
-    for word in args.overrides:
-        name, equals, folder = word.partition("=")
-        if not equals or name not in places:
-            raise UserError(f"{word!r}: want name=DIR with one of {', '.join(places) or 'no name, for there is none'}")
-        places[name] = folder
+    places = given_places(study.places, args.overrides)
     for name, folder in places.items():
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}: give {name}=DIR")

@@ -193,6 +193,11 @@ class ShardedSamples:
         return self._index["image_id"]
 
     @property
+    def image_lengths(self) -> np.ndarray:
+        """(len,) int32, bytes of each encoded image; a read-only view of the index."""
+        return self._index["image_length"]
+
+    @property
     def num_captions(self) -> np.ndarray:
         """(len,) uint16; a read-only view of the index."""
         return self._index["num_captions"]

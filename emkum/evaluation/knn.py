@@ -89,7 +89,7 @@ def class_votes(neighbors: Neighbors, labels: Tensor, k: int, temperature: float
     return votes.scatter_add_(1, labels[neighbors.row[:, :k]], (weights / _VOTE_STEP).round().long())
 
 
-def knn_metrics(
+def knn_ranks(
     memory: Array,
     memory_labels: Array,
     queries: Array,
@@ -101,8 +101,8 @@ def knn_metrics(
     query_block: int = QUERY_BLOCK,
     memory_block: int = MEMORY_BLOCK,
     report: Callable[[int], Any] = lambda count: None,
-) -> dict[str, float]:
-    """Accuracy of the vote over an evaluation set. Classes that tie with the right one count against the model.
+) -> dict[int, Tensor]:
+    """For each k and query how many wrong classes have at least as many votes as the right one, (Q,) int64.
 
     Args:
         memory: (M, D) finite features. memory_labels: (M,) integers in 0..C-1.
@@ -113,9 +113,6 @@ def knn_metrics(
         device: where to compute.
         query_block, memory_block: rows that are compared at once.
         report: called with the number of queries of each block that is done.
-
-    Returns:
-        `k{k}_top_1` and `k{k}_top_5` for each k, in percent.
 
     Raises:
         ValueError: nothing to evaluate, fewer rows than neighbors, no positive temperature, or a label out of range.
@@ -138,5 +135,17 @@ def knn_metrics(
             votes = class_votes(found, known, k, temperature, num_classes)
             ranks[k].append(label_ranks(votes, right).cpu())
         report(len(right))
-    accuracy = {k: top_k_accuracy(torch.cat(ranks[k])) for k in ks}
-    return {f"k{k}_{name}": value for k in ks for name, value in accuracy[k].items()}
+    return {k: torch.cat(ranks[k]) for k in ks}
+
+
+def knn_metrics(*arguments: Any, **options: Any) -> dict[str, float]:
+    """Accuracy of the vote over an evaluation set. Classes that tie with the right one count against the model.
+
+    Args:
+        arguments, options: of `knn_ranks`.
+
+    Returns:
+        `k{k}_top_1` and `k{k}_top_5` for each k, in percent.
+    """
+    accuracy = {k: top_k_accuracy(ranks) for k, ranks in knn_ranks(*arguments, **options).items()}
+    return {f"k{k}_{name}": value for k, figures in accuracy.items() for name, value in figures.items()}

@@ -163,6 +163,16 @@ def load_image_encoder(source: str, weights: str = "", image_size: int = 0, laye
     return LoadedEncoder(encoder.eval(), _identity(source, encoder, options), None, 0, options)
 
 
+def image_encoder_of_student(student: nn.Module, source: str) -> LoadedEncoder:
+    """The image encoder of an image-text student that is in memory already; it is shared, not copied.
+
+    Args:
+        student: in eval mode. source: where it is from.
+    """
+    encoder = _with_additions(student, student.image_encoder, IMAGE)
+    return LoadedEncoder(encoder.eval(), _identity(source, encoder, {}), None, 0, {})
+
+
 def _timm_encoder(name: str, weights: str, image_size: int) -> tuple[Encoder, dict[str, Any]]:
     config = timm.models.get_pretrained_cfg(name)
     size = image_size or (224 if config is None else config.input_size[-1])
@@ -381,11 +391,13 @@ def _of_student(
     student: nn.Module, encoder: Encoder, token_type: int, state: Mapping[str, Any], modality: str
 ) -> tuple[Encoder, dict[str, Any]]:
     """An image-text student's encoder with what the student adds before it."""
-    if len(student.before) > 0:
-        return WithAdditions(encoder, student.before, token_type), {}
-    if state["cfg"]["model"].get("position_kind", "mixed") != "mixed":
-        return encoder, {}
-    return encoder, _architecture(state, modality)
+    encoder = _with_additions(student, encoder, token_type)
+    mixed = state["cfg"]["model"].get("position_kind", "mixed") == "mixed"
+    return encoder, _architecture(state, modality) if mixed and not isinstance(encoder, WithAdditions) else {}
+
+
+def _with_additions(student: nn.Module, encoder: Encoder, token_type: int) -> Encoder:
+    return WithAdditions(encoder, student.before, token_type) if len(student.before) > 0 else encoder
 
 
 def _keep_first(encoder: Encoder, layers: int, source: str, options: dict[str, Any], option: str) -> None:

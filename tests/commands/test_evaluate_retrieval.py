@@ -14,22 +14,14 @@ from emkum.cli import main
 from emkum.commands.evaluate import encode_split
 from emkum.data.decoding import decode
 from emkum.data.shards import open_split
-from emkum.data.tokenizers import encode, load_tokenizer
+from emkum.data.tokenizers import encode
 from emkum.errors import UserError
 from emkum.evaluation.pair_scores import cosine_scores
 from emkum.evaluation.retrieval import average_median_rank, recall_metrics, retrieval_metrics
-from emkum.models.builders import STUDENT_PARTS, Targets, build_student
-from emkum.objectives import Setting, build_objectives
 from emkum.objectives.late_interaction import late_interaction
-from emkum.options import flat_fields
 from emkum.outputs import PairScores
 from tests.evaluation.test_ranks import naive_ranks
-
-OPTIONS = {
-    "student_size": "tiny", "image_size": 32, "image_patch_size": 8, "image_layers": 1, "text_layers": 1,
-    "text_max_positions": 64,
-}  # fmt: skip
-LONGEST = 24
+from tests.small_students import LONGEST, save_student
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +37,7 @@ def save_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """A function that writes a run's folder with a student of random weights, trained with the named objectives."""
 
     def save(names: str, **options: Any) -> Path:
-        torch.manual_seed(0)
-        folder = tmp_path_factory.mktemp("run")
-        vocabulary = load_tokenizer(scenes).vocab_size
-        student = build_student(OPTIONS, vocabulary, Targets(cls_attention=True))
-        objectives = build_objectives(names.split(","), options, Setting(student.width, student.contrast_width))
-        with torch.no_grad():
-            # Random weights as they come say nearly the same of all images.
-            for parameter in student.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            if "itm" in objectives:
-                objectives["itm"].classifier.output.weight.mul_(20)
-        weights = {f"student.{name}": value for name, value in student.state_dict().items()}
-        weights |= {f"objectives.{name}": value for name, value in objectives.state_dict().items()}
-        every = {name: item.default if item.default != "" else None for name, item in flat_fields(STUDENT_PARTS)}
-        model = every | OPTIONS | options | {"_name": "image_text_student", "objectives": names}
-        task = {"caption_max_tokens": LONGEST, "caption_tokenizer": None, "data": str(scenes)}
-        torch.save({"cfg": {"model": model, "task": task}, "model": weights}, folder / "checkpoint_best.pt")
-        return folder
+        return save_student(tmp_path_factory.mktemp("run"), scenes, names, **options)
 
     return save
 
