@@ -5,7 +5,20 @@ import logging
 from collections.abc import Sequence
 
 from emkum import __version__, prepare
-from emkum.commands import bench, compare, data, evaluate, fit_clusters, glue, model, report, study, teacher, train
+from emkum.commands import (
+    bench,
+    compare,
+    data,
+    evaluate,
+    figures,
+    fit_clusters,
+    glue,
+    model,
+    report,
+    study,
+    teacher,
+    train,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"emkum {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (prepare, data, train, compare, evaluate, glue, report, study, model, teacher, fit_clusters, bench):
+    results = (evaluate, glue, report, figures, study)
+    for part in (prepare, data, train, compare, *results, model, teacher, fit_clusters, bench):
         part.add_parser(commands)
     return parser
 

@@ -276,8 +276,8 @@ def _cell(out: Path, cell: str | list[str], word: str) -> Any:
 
 
 def _value(out: Path, place: str, word: str) -> Any:
-    """What FILE#KEY/KEY holds; a KEY that is NAME=VALUE finds the element of a list whose NAME is that. None where
-    there is no such file: of an encoder that cannot be scored so.
+    """What FILE#KEY/KEY holds, see `find_value`. None where there is no such file: of an encoder that cannot be scored
+    so.
 
     Raises:
         UserError: the file has no such key.
@@ -286,7 +286,20 @@ def _value(out: Path, place: str, word: str) -> Any:
     path = out / file
     if not path.is_file():
         return None
-    value = json.loads(path.read_text(encoding="utf-8"))
+    return find_value(path, keys)
+
+
+def find_value(path: Path, keys: str) -> float:
+    """What a JSON file holds under KEY/KEY, where a KEY that is NAME=VALUE finds the element of a list whose NAME is
+    that.
+
+    Raises:
+        UserError: it cannot be read, or has no such number.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no JSON'}") from None
     for key in keys.split("/"):
         name, equals, wanted = key.partition("=")
         if equals and isinstance(value, list):
@@ -295,4 +308,7 @@ def _value(out: Path, place: str, word: str) -> Any:
             value = value.get(key) if isinstance(value, dict) else None
         if value is None:
             raise UserError(f"{path} has no {keys}")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: {keys} is no number") from None

@@ -71,6 +71,10 @@ class Tokenizer(Protocol):
         """Ids without begin and end tokens."""
         ...
 
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """What each of the ids that `pieces` gave reads, for people; what goes on within a word begins with "##"."""
+        ...
+
     def word_starts(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(L,) bool, True where a piece begins a new word.
 
@@ -106,6 +110,15 @@ class _FromFiles:
         starts = self._starts[np.asarray(ids, dtype=np.int64)]
         starts[:1] = True
         return starts
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        return [
+            self._text(i) if start else f"##{self._text(i)}"
+            for i, start in zip(ids, self.word_starts(ids), strict=True)
+        ]
+
+    def _text(self, piece: int) -> str:
+        raise NotImplementedError
 
 
 class SentencePieceTokenizer(_FromFiles):
@@ -152,6 +165,12 @@ class SentencePieceTokenizer(_FromFiles):
         # Of the first three ids of a model with SentencePiece's own, text makes <unk> alone.
         return [piece + 1 if piece > 0 else UNK for piece in pieces] if self._shift else pieces
 
+    def _text(self, piece: int) -> str:
+        if piece == UNK:
+            return "<unk>"
+        text = self.processor.id_to_piece(piece - self._shift)
+        return text.removeprefix("▁") or text
+
 
 class BertTokenizer(_FromFiles):
     """BERT's WordPiece, from its `vocab.txt` with one piece a line.
@@ -181,10 +200,14 @@ class BertTokenizer(_FromFiles):
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._ids_of = _remembering(lambda word: backend.encode(word).ids)
         self._starts = np.array([not piece.startswith("##") for piece in pieces])
+        self._names = pieces
 
     def pieces(self, text: str) -> list[int]:
         # BERT itself splits at spaces among others, and nothing in it looks across one.
         return self._ids_of(text.split(" "))
+
+    def _text(self, piece: int) -> str:
+        return self._names[piece].removeprefix("##")
 
 
 class Gpt2Tokenizer(_FromFiles):
@@ -220,9 +243,13 @@ class Gpt2Tokenizer(_FromFiles):
         self._starts = np.zeros(self.vocab_size, dtype=bool)
         self._starts[[row_of[number] for piece, number in vocabulary.items() if piece.startswith("Ġ")]] = True
         self._starts[UNK] = False
+        self._names = {row_of[number]: piece for piece, number in vocabulary.items()} | {UNK: "<unk>"}
 
     def pieces(self, text: str) -> list[int]:
         return self._ids_of(self._split(text))
+
+    def _text(self, piece: int) -> str:
+        return _from_bytes(self._names[piece])
 
 
 class ClipTokenizer(_FromFiles):
@@ -268,6 +295,7 @@ class ClipTokenizer(_FromFiles):
         self._ids_of = _remembering(_byte_level_bpe(vocabulary, merges, "</w>", self.source))
         self._ends = np.zeros(self.vocab_size, dtype=bool)
         self._ends[[row for piece, row in vocabulary.items() if piece.endswith("</w>")]] = True
+        self._names = {row: piece for piece, row in vocabulary.items()}
 
     def pieces(self, text: str) -> list[int]:
         return self._ids_of(self._split(self._clean(text)))
@@ -276,6 +304,9 @@ class ClipTokenizer(_FromFiles):
         starts = np.roll(self._ends[np.asarray(ids, dtype=np.int64)], 1)
         starts[:1] = True
         return starts
+
+    def _text(self, piece: int) -> str:
+        return _from_bytes(self._names[piece].removesuffix("</w>"))
 
     def _clean(self, text: str) -> str:
         # Most captions are plain enough that the mending, which takes longer than all the rest, changes nothing.
@@ -320,6 +351,14 @@ def _byte_alphabet() -> list[str]:
     from tokenizers import pre_tokenizers
 
     return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _from_bytes(piece: str) -> str:
+    """What a piece of byte-level BPE reads; bytes that make no whole character become U+FFFD."""
+    from tokenizers import decoders
+
+    text = decoders.ByteLevel().decode([piece])
+    return text.strip() or text
 
 
 def well_formed(text: str) -> str:

@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from emkum.evaluation.arrays import Array
-from emkum.evaluation.figures import STYLE, WIDTH, WRONG_COLOR, save_figure
+from emkum.evaluation.figure_style import TWO_COLUMNS, WRONG_COLOR, save_figure, styled
 from emkum.evaluation.zero_shot import Confusion, confusion_matrix, most_confused
 
 # More classes than this are shown by their most confused pairs.
@@ -26,6 +25,7 @@ _NAME_LETTERS, _PAIR_LETTERS = 18, 28
 _BAR_HEIGHT, _PAIR_MARGIN = 0.22, 0.9  # inches
 
 
+@styled
 def confusion_picture(
     path: str | Path, predicted: Tensor, labels: Array | Sequence[int], class_names: Sequence[str]
 ) -> list[Path]:
@@ -39,20 +39,19 @@ def confusion_picture(
     Returns:
         The files written.
     """
-    with matplotlib.rc_context(STYLE):
-        if len(class_names) > MOST_CLASSES:
-            pairs = most_confused(predicted, labels, len(class_names), _PAIRS)
-            wrong = int((predicted != torch.as_tensor(labels).to(predicted.device)).sum())
-            figure = _pairs_figure(pairs, class_names, wrong, len(predicted))
-        else:
-            figure = _matrix_figure(confusion_matrix(predicted, labels, len(class_names)).cpu(), class_names)
-        return save_figure(figure, path)
+    if len(class_names) > MOST_CLASSES:
+        pairs = most_confused(predicted, labels, len(class_names), _PAIRS)
+        wrong = int((predicted != torch.as_tensor(labels).to(predicted.device)).sum())
+        figure = _pairs_figure(pairs, class_names, wrong, len(predicted))
+    else:
+        figure = _matrix_figure(confusion_matrix(predicted, labels, len(class_names)).cpu(), class_names)
+    return save_figure(figure, path)
 
 
 def _matrix_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     number = len(class_names)
     side = min(max(_CELL * number, _LEAST_SIDE), _MOST_SIDE)
-    figure = Figure(figsize=(min(side + 1.9, WIDTH), side + 1.2), layout="constrained")
+    figure = Figure(figsize=(min(side + 1.9, TWO_COLUMNS), side + 1.2), layout="constrained")
     axes = figure.add_subplot()
     sizes = confusion.sum(dim=1, keepdim=True)
     # Rows without images stay white, without numbers.
@@ -87,7 +86,7 @@ def _number_cells(axes: Axes, percent: np.ndarray) -> None:
 
 
 def _pairs_figure(pairs: Sequence[Confusion], class_names: Sequence[str], wrong: int, total: int) -> Figure:
-    figure = Figure(figsize=(WIDTH, _BAR_HEIGHT * max(len(pairs), 1) + _PAIR_MARGIN), layout="constrained")
+    figure = Figure(figsize=(TWO_COLUMNS, _BAR_HEIGHT * max(len(pairs), 1) + _PAIR_MARGIN), layout="constrained")
     axes = figure.add_subplot()
     if not pairs:
         axes.set_axis_off()

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from emkum.evaluation.fonts import font, shortened, wrap
 from emkum.files import replaced_file
 
 # All in pixels.
@@ -20,8 +20,6 @@ TITLE_HEIGHT = 46
 PAUSE = 6
 
 MOST_LINES = 8
-# No caption fills more lines than this many characters do.
-_LONGEST_TEXT = 600
 
 INK, FAINT, PAPER, MOUNT = "#1a1a1a", "#707070", "#ffffff", "#eeeeee"
 
@@ -64,7 +62,7 @@ def contact_sheet(path: str | Path, sections: Sequence[Section]) -> None:
     draw = ImageDraw.Draw(sheet)
     top = 0
     for section, section_texts, height in zip(sections, texts, heights, strict=True):
-        draw.text((GAP, top + TITLE_HEIGHT // 2), section.title, INK, _font(TITLE_SIZE, bold=True), anchor="lm")
+        draw.text((GAP, top + TITLE_HEIGHT // 2), section.title, INK, font(TITLE_SIZE, bold=True), anchor="lm")
         top += TITLE_HEIGHT
         for number, (tile, text) in enumerate(zip(section.tiles, section_texts, strict=True)):
             row, column = divmod(number, COLUMNS)
@@ -85,49 +83,19 @@ def _tile_text(tile: Tile) -> _Paragraphs:
     paragraphs: _Paragraphs = []
     left = MOST_LINES
     for number, caption in enumerate(tile.captions):
-        lines = wrap(caption, _font(TEXT_SIZE), TILE)
+        lines = wrap(caption, font(TEXT_SIZE), TILE)
         # The line "... more" needs room as well.
         room = left - (number + 1 < len(tile.captions))
         if len(lines) > room and number > 0:
             paragraphs.append([(f"+ {len(tile.captions) - number} more", FAINT)])
             break
         if len(lines) > room:
-            lines = [*lines[: room - 1], _shortened(lines[room - 1], cut=True)]
+            lines = [*lines[: room - 1], shortened(lines[room - 1], font(TEXT_SIZE), TILE, cut=True)]
         paragraphs.append([(line, INK) for line in lines])
         left -= len(lines)
     if tile.name:
-        paragraphs.append([(_shortened(tile.name), FAINT)])
+        paragraphs.append([(shortened(tile.name, font(TEXT_SIZE), TILE), FAINT)])
     return paragraphs
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words, or within one that is wider than a line."""
-    lines = [""]
-    for word in text[:_LONGEST_TEXT].split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
-            lines.append("")
-        while font.getlength(word) > width:
-            end = len(word) - 1
-            while end > 1 and font.getlength(word[:end]) > width:
-                end -= 1
-            lines[-1:] = [word[:end], ""]
-            word = word[end:]
-        lines[-1] = word
-    return lines
-
-
-def _shortened(line: str, cut: bool = False) -> str:
-    """The line, with an ellipsis where it is cut already or is too wide."""
-    font = _font(TEXT_SIZE)
-    if not cut and font.getlength(line) <= TILE:
-        return line
-    while line and font.getlength(f"{line}\u2026") > TILE:
-        line = line[:-1]
-    return f"{line.rstrip()}\u2026"
 
 
 def _text_height(paragraphs: _Paragraphs) -> int:
@@ -140,7 +108,7 @@ def _draw_image(
     left, top = corner
     draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=MOUNT)
     if image is None:
-        draw.text((left + TILE // 2, top + TILE // 2), "no image", FAINT, _font(TEXT_SIZE), anchor="mm")
+        draw.text((left + TILE // 2, top + TILE // 2), "no image", FAINT, font(TEXT_SIZE), anchor="mm")
         return
     ratio = TILE / max(image.size)
     size = [max(1, round(side * ratio)) for side in image.size]
@@ -152,15 +120,6 @@ def _draw_text(draw: ImageDraw.ImageDraw, paragraphs: _Paragraphs, corner: tuple
     left, top = corner
     for lines in paragraphs:
         for line, color in lines:
-            draw.text((left, top + LINE // 2), line, color, _font(TEXT_SIZE), anchor="lm")
+            draw.text((left, top + LINE // 2), line, color, font(TEXT_SIZE), anchor="lm")
             top += LINE
         top += PAUSE
-
-
-@lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib brings: it has more scripts than the font in Pillow."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

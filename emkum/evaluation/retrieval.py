@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emkum.evaluation.pair_scores import Rows, Score, cosine_scores, cosines
+from emkum.evaluation.pair_scores import Rows, Score, cosine_scores
 from emkum.evaluation.ranks import NEVER, Reranking, find_ranks
 from emkum.outputs import PairScores
 
@@ -26,11 +26,11 @@ Array = Tensor | np.ndarray
 
 @dataclass
 class Nearest:
-    """Candidates by falling similarity.
+    """Candidates of some queries by falling score, on the CPU.
 
     Attributes:
-        image_to_text: (N, k) int64, rows of captions for each image.
-        text_to_image: (T, k) int64, rows of images for each caption.
+        image_to_text: (n, k) int64, rows of captions for each image asked for.
+        text_to_image: (t, k) int64, rows of images for each caption asked for.
     """
 
     image_to_text: Tensor
@@ -184,27 +184,28 @@ def chance_recall(
     return _with_summary(recalls, num_images, total)
 
 
-def nearest(image_features: Array, text_features: Array, k: int = 5, block: int = 1024) -> Nearest:
-    """The k most similar candidates of every image and every caption, for pictures and error analysis.
+@torch.no_grad()
+def nearest(score: Score, images: Sequence[int], captions: Sequence[int], device: torch.device, k: int = 5) -> Nearest:
+    """The k best candidates of some images and of some captions, for pictures and error analysis.
 
     Args:
-        image_features: (N, D), normalized here.
-        text_features: (T, D), normalized here.
+        score: of the N images and T captions.
+        images, captions: rows of the queries.
+        device: of the scores.
         k: length of the lists; cut to the number of candidates.
-        block: queries compared at once.
 
     Returns:
-        Lists by falling similarity; candidates whose features are not finite come last.
-
-    Raises:
-        ValueError: nothing to compare, or shapes that do not fit one another.
+        Lists by falling score; candidates whose scores are not numbers come last.
     """
-    image, text, _ = _prepare(image_features, text_features, None)
-    return Nearest(_top(image, text, k, block), _top(text, image, k, block))
+    image_rows, caption_rows = (torch.tensor(rows, dtype=torch.int64, device=device) for rows in (images, captions))
+    return Nearest(
+        _top(score(image_rows, slice(None)).image_to_text, k),
+        _top(score(slice(None), caption_rows).text_to_image.T, k),
+    )
 
 
 def _prepare(
-    image_features: Array, text_features: Array, caption_image: Array | Sequence[int] | None
+    image_features: Array, text_features: Array, caption_image: Array | Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked inputs on the images' device: (N, D) and (T, D) of unit length in float32, and (T,) int64."""
     image, text = torch.as_tensor(image_features).detach(), torch.as_tensor(text_features).detach()
@@ -213,7 +214,7 @@ def _prepare(
     if len(image) == 0 or len(text) == 0:
         raise ValueError(f"retrieval needs images and captions; got {len(image)} and {len(text)}")
     text = text.to(image.device)
-    owner = torch.zeros(len(text), dtype=torch.int64) if caption_image is None else _as_owner(caption_image, len(image))
+    owner = _as_owner(caption_image, len(image))
     if len(owner) != len(text):
         raise ValueError(f"{len(text)} captions but {len(owner)} entries in caption_image")
     return _normalized(image), _normalized(text), owner.to(image.device)
@@ -263,13 +264,9 @@ def _percent_below(ranks: Tensor, k: int) -> float:
     return 100.0 * (ranks < k).double().mean().item()
 
 
-def _top(query: Tensor, candidate: Tensor, k: int, block: int) -> Tensor:
-    k = min(k, len(candidate))
-    lists = []
-    for rows in query.split(block):
-        similarity = torch.nan_to_num(cosines(rows, candidate), nan=-torch.inf)
-        lists.append(similarity.topk(k, dim=1).indices)
-    return torch.cat(lists)
+def _top(scores: Tensor, k: int) -> Tensor:
+    scores = torch.nan_to_num(scores, nan=-torch.inf)
+    return scores.topk(min(k, scores.shape[1]), dim=1).indices.cpu()
 
 
 def _with_summary(recalls: dict[str, float], num_images: int, num_captions: int) -> dict[str, Any]:

@@ -51,10 +51,12 @@ class Tokens:
     Attributes:
         features: (R, N, D).
         special: (R, N) bool, True at tokens that take no part, padding among them.
+        places: (R, N) int64, where in its row each token stood that was chosen; None = they stand as they stood.
     """
 
     features: Tensor
     special: Tensor
+    places: Tensor | None = None
 
 
 def select_tokens(features: Tensor, special: Tensor, importance: Tensor, fraction: float) -> Tokens:
@@ -73,7 +75,7 @@ def select_tokens(features: Tensor, special: Tensor, importance: Tensor, fractio
     places = importance.detach().masked_fill(special, float("-inf")).topk(kept, dim=1).indices
     counts = (fraction * (~special).sum(1, keepdim=True) - 1e-4).ceil()
     chosen = features.gather(1, places[..., None].expand(-1, -1, features.shape[2]))
-    return Tokens(chosen, torch.arange(kept, device=special.device) >= counts)
+    return Tokens(chosen, torch.arange(kept, device=special.device) >= counts, places)
 
 
 def late_interaction(images: Tensor, texts: Tensor, special: Tensor, chunk: int = 0) -> PairScores:
@@ -170,7 +172,9 @@ class LateInteraction(Objective):
                 raise UserError("--cmli-top-fraction: this student has no attention to choose tokens by; choose 1")
             importance = output.cls_attention[:, first:]
             tokens = select_tokens(tokens.features, tokens.special, importance, self.top_fraction)
-        return tokens if projection is None else Tokens(_project(tokens.features, projection), tokens.special)
+        if projection is None:
+            return tokens
+        return Tokens(_project(tokens.features, projection), tokens.special, tokens.places)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput | None, batch: Batch) -> ObjectiveOutput:
         images, texts = self.image_tokens(student.image), self.text_tokens(student.text, batch.special)

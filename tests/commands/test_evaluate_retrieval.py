@@ -20,8 +20,8 @@ from emkum.evaluation.pair_scores import cosine_scores
 from emkum.evaluation.retrieval import average_median_rank, recall_metrics, retrieval_metrics
 from emkum.objectives.late_interaction import late_interaction
 from emkum.outputs import PairScores
+from tests.commands.small_students import LONGEST, save_student
 from tests.evaluation.test_ranks import naive_ranks
-from tests.small_students import LONGEST, save_student
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from emkum.commands.suite import is_suite, read_lines, read_suite
 from emkum.errors import UserError
 from emkum.provenance import write_json
 from emkum.recipe import read_mapping
+from tests.commands.small_students import save_student
 from tests.small_classes import write_class_folders
-from tests.small_students import save_student
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SUITE = """

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from emkum.evaluation.contact_sheet import (
@@ -16,11 +15,10 @@ from emkum.evaluation.contact_sheet import (
     TITLE_HEIGHT,
     Section,
     Tile,
-    _font,
     _tile_text,
     contact_sheet,
-    wrap,
 )
+from emkum.evaluation.fonts import font
 
 WORDS = "a dog and two cats on the street near some house while it rains".split()
 
@@ -65,22 +63,6 @@ def test_images_stand_in_equal_tiles_and_text_below(tmp_path: Path) -> None:
             assert text.any()
 
 
-@pytest.mark.parametrize("width", [60, 240])
-def test_wrap(width: int) -> None:
-    font = _font(TEXT_SIZE)
-    for seed in range(20):
-        text = _captions(seed, 1)[0]
-        lines = wrap(text, font, width)
-        assert " ".join(lines) == text
-        assert all(font.getlength(line) <= width for line in lines)
-        # No line could take the first word of the next.
-        pairs = zip(lines, lines[1:], strict=False)
-        assert all(font.getlength(f"{line} {after.split()[0]}") > width for line, after in pairs)
-    long = wrap("tiny " + "Donaudampfschifffahrt" * 9 + " end", font, width)
-    assert all(font.getlength(line) <= width for line in long)
-    assert "".join(long).replace(" ", "") == "tiny" + "Donaudampfschifffahrt" * 9 + "end"
-
-
 def _lines(tile: Tile) -> list[str]:
     return [line for paragraph in _tile_text(tile) for line, _ in paragraph]
 
@@ -95,7 +77,7 @@ def test_what_does_not_fit_is_told() -> None:
     assert len(long) == MOST_LINES and long[-1].endswith("\u2026")
     both = _lines(Tile(None, ["word " * 4000, "second", "third"], "name"))
     assert len(both) == MOST_LINES + 1 and both[-2:] == ["+ 2 more", "name"] and both[-3].endswith("\u2026")
-    assert all(_font(TEXT_SIZE).getlength(line) <= TILE for line in both + long + _lines(Tile(None, [], "n" * 200)))
+    assert all(font(TEXT_SIZE).getlength(line) <= TILE for line in both + long + _lines(Tile(None, [], "n" * 200)))
 
 
 def test_a_missing_image_is_said(tmp_path: Path) -> None:

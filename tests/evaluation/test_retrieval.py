@@ -15,6 +15,7 @@ from emkum.evaluation.retrieval import (
     recall_metrics,
     retrieval_metrics,
 )
+from emkum.outputs import PairScores
 
 KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "mean_recall", "num_images", "num_captions"]
 RANKS = ["i2t_median_rank", "i2t_mean_rank", "t2i_median_rank", "t2i_mean_rank"]
@@ -217,12 +218,18 @@ def test_chance_by_hand():
 
 
 def test_nearest():
-    image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [torch.nan, 0.0]])
-    text = torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 0.0]])
-    found = nearest(image, text, k=2, block=2)
-    assert found.image_to_text[:2].tolist() == [[2, 0], [1, 0]]
-    assert found.text_to_image.tolist() == [[0, 1], [1, 0], [0, 1]]
-    assert nearest(image, text, k=9).image_to_text.shape == (3, 3)
+    i2t = torch.tensor([[1.0, 3.0, 2.0], [torch.nan, 0.0, 5.0], [9.0, 9.5, 0.0]])
+    t2i = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0], [0.0, torch.nan, 1.0]])
+
+    def score(images, captions):
+        return PairScores(i2t[images][:, captions], t2i[images][:, captions])
+
+    found = nearest(score, [2, 1], [0, 2], torch.device("cpu"), k=2)
+    assert found.image_to_text.tolist() == [[1, 0], [2, 1]]
+    # Of each caption's column.
+    assert found.text_to_image.tolist() == [[1, 0], [1, 0]]
+    assert nearest(score, [1], [1], torch.device("cpu"), k=9).image_to_text.tolist() == [[2, 1, 0]]
+    assert nearest(score, [], [1], torch.device("cpu")).image_to_text.shape == (0, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs' folders with a small student of random weights, as far as loading one needs them."""
+"""A run's folder with a small student of random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,21 @@ OPTIONS = {
     "student_size": "tiny", "image_size": 32, "image_patch_size": 8, "image_layers": 1, "text_layers": 1,
     "text_max_positions": 64,
 }  # fmt: skip
+# Tokens of a caption.
 LONGEST = 24
 
 
 def save_student(folder: Path, data: Path, names: str, **options: Any) -> Path:
-    """Write `checkpoint_best.pt` of a student trained, as it says, with the named objectives; gives the folder back.
+    """Write checkpoint_best.pt, as training with the named objectives leaves it, into a folder.
 
     Args:
-        folder: of the run. data: of captions with a tokenizer.
-        names: of objectives. options: of the model, beside OPTIONS.
+        folder: the run's.
+        data: whose tokenizer it reads.
+        names: of objectives, separated by commas.
+        options: of the student and the objectives, which change OPTIONS.
     """
     torch.manual_seed(0)
-    vocabulary = load_tokenizer(data).vocab_size
-    student = build_student(OPTIONS, vocabulary, Targets(cls_attention=True))
+    student = build_student(OPTIONS | options, load_tokenizer(data).vocab_size, Targets(cls_attention=True))
     objectives = build_objectives(names.split(","), options, Setting(student.width, student.contrast_width))
     with torch.no_grad():
         # Random weights as they come say nearly the same of all images.
