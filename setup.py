@@ -56,6 +56,8 @@ EXTRAS = {
     "sounds": ["soundfile"],
     "fsdp": ["fairscale"],
     "hub": ["huggingface_hub"],
+    # Runs of `emkum reproduce` as jobs of SLURM.
+    "slurm": ["submitit>=1.5"],
 }
 
 # For the tests alone, and without its dependencies, whose pins contradict those above: BEiT-3's own source, which the

@@ -2,6 +2,9 @@
 
 import argparse
 import logging
+import signal
+import sys
+import threading
 from collections.abc import Sequence
 
 from emkum import __version__, prepare
@@ -15,6 +18,7 @@ from emkum.commands import (
     glue,
     model,
     report,
+    reproduce,
     study,
     teacher,
     train,
@@ -27,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"emkum {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    results = (evaluate, glue, report, figures, study)
+    results = (evaluate, glue, report, figures, study, reproduce)
     for part in (prepare, data, train, compare, *results, model, teacher, fit_clusters, bench):
         part.add_parser(commands)
     return parser
@@ -51,6 +55,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; mistakes of the user end it with one line and exit status 1."""
     args = parse(arguments)
+    if threading.current_thread() is threading.main_thread():
+        # What ends a command ends the commands that it runs, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Libraries talk at length on the root logger once fairseq has configured it; warnings still come through.
     logging.disable(logging.INFO)
     args.run(args)

@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from emkum.commands.kept_run import KeptRun, run_emkum
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
 from emkum.provenance import write_json
@@ -92,21 +90,13 @@ def _result(recipe: Path, options: dict[str, Any], folder: Path) -> dict[str, An
     """Train one variant, unless that is done, and read its figures."""
     from emkum.training_log import read_training_log
 
-    cost = folder / "cost.json"
     # Resolved, so that a recipe which has changed since is run again.
     options = read_recipe(recipe, options.get(PRESET)) | options | {"save_dir": str(folder)}
-    before = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
-    if before.get("options") != options:
+    kept = KeptRun(folder / "cost.json", {"options": options})
+    if not kept.is_finished() or kept.differing():
         words = [f"{key}={json.dumps(value)}" for key, value in options.items()]
-        with subprocess.Popen([sys.executable, "-m", "emkum.cli", "train", str(recipe), *words]) as child:
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != 0:
+        if not kept.carry_out(lambda: run_emkum(["train", str(recipe), *words]))["finished"]:
             return {}
-        # Kilobytes on Linux, bytes on macOS; of the largest of its processes.
-        memory = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        before = {"options": options, "memory": round(memory)}
-        write_json(cost, before)
     histories = read_training_log(folder / LOG_NAME)
     records, validations = histories.get("train_inner", []), histories.get("valid", [])
     if not records:
@@ -118,7 +108,7 @@ def _result(recipe: Path, options: dict[str, Any], folder: Path) -> dict[str, An
         "last_loss": records[-1]["loss"],
         "mean_recall": validations[-1].get("mean_recall") if validations else None,
         "step_ms": round(1000 * len(rates) / sum(rates)) if rates else None,
-        "memory": before["memory"],
+        "memory": kept.record()["memory"],
         "records": records,
     }
 

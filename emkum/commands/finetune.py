@@ -5,7 +5,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emkum.commands.arguments import parse_seeds
+from emkum.commands.kept_run import KeptRun, run_emkum
 from emkum.commands.train import LOG_NAME
 from emkum.errors import UserError
 from emkum.provenance import describe_machine, write_json
@@ -221,27 +221,20 @@ def train_once(options: dict[str, Any], identity: dict[str, Any], folder: Path) 
         UserError: the folder holds a run with other options.
         SystemExit: the run ended with an error, which it has told of itself.
     """
-    path = folder / _RECORD
+    kept = KeptRun(folder / _RECORD, {"options": options, "encoder": identity})
     # A run that ended before its first checkpoint has left nothing to go on from.
     if (folder / "checkpoint_last.pt").is_file():
-        if not path.is_file():
+        if not kept.path.is_file():
             raise UserError(f"{folder} holds a run of another command: give another --out")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        old, new = before["options"] | before["encoder"], options | identity
-        differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+        differing = ", ".join(kept.differing())
         if differing:
-            raise UserError(
-                f"{folder} holds a run with other options (it differs in {', '.join(differing)}): give another --out"
-            )
-        if before["finished"]:
+            raise UserError(f"{folder} holds a run with other options (it differs in {differing}): give another --out")
+        if kept.is_finished():
             return
-    record = {"options": options, "encoder": identity, "finished": False}
-    write_json(path, record)
     words = [f"{key}={json.dumps(value)}" for key, value in options.items()]
-    done = subprocess.run([sys.executable, "-m", "emkum.cli", "train", str(RECIPE), *words])
-    if done.returncode != 0:
-        sys.exit(abs(done.returncode))
-    write_json(path, record | {"finished": True})
+    record = kept.carry_out(lambda: run_emkum(["train", str(RECIPE), *words]))
+    if not record["finished"]:
+        sys.exit(abs(record["status"]))
 
 
 def read_result(log: Path, scoring: Scoring) -> dict[str, Any]:
@@ -254,18 +247,25 @@ def read_result(log: Path, scoring: Scoring) -> dict[str, Any]:
     from emkum.training_log import read_training_log
 
     histories = read_training_log(log)
-    scored = histories[scoring.scored]
-    chosen = scored[-1]
-    if scoring.chosen_by is not None:
-        # Of equals the last, as fairseq keeps it.
-        best = max(histories[scoring.chosen_by], key=lambda record: (record["top1"], record["step"]))
-        chosen = next(record for record in scored if record["step"] == best["step"])
+    scored, chosen = histories[scoring.scored], chosen_record(histories, scoring, "top1")
     return {
         "update": int(chosen["step"]),
         **{name: chosen[name] for name in ("top1", "top5", "loss")},
         "best_top1": max(record["top1"] for record in scored),
         "seconds": histories["train"][-1].get("wall"),
     }
+
+
+def chosen_record(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], scoring: Scoring, key: str
+) -> Mapping[str, float]:
+    """What counts of a run: the record of the scored split at the last update, or at that with the best `key` on the
+    split that chooses; of equals the last, as fairseq keeps it."""
+    scored = histories[scoring.scored]
+    if scoring.chosen_by is None:
+        return scored[-1]
+    best = max(histories[scoring.chosen_by], key=lambda record: (record[key], record["step"]))
+    return next(record for record in scored if record["step"] == best["step"])
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

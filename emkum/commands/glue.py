@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emkum.commands import train
 from emkum.commands.arguments import parse_seeds
+from emkum.commands.kept_run import Ended, KeptRun
 from emkum.errors import UserError
 from emkum.files import replaced_file
 from emkum.provenance import package_versions, write_json
@@ -93,31 +93,10 @@ class Run:
     identity: dict[str, Any]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What tells it from other runs, as JSON gives it back."""
+    def kept(self) -> KeptRun:
+        """What tells it from other runs, and how far it is."""
         options = {key: value for key, value in self.options.items() if key != "save_dir"}
-        return json.loads(json.dumps({"options": options, "encoder": self.identity}))
-
-    def is_begun(self) -> bool:
-        """Whether its folder holds its beginning.
-
-        Raises:
-            UserError: it holds that of another run.
-        """
-        path = self.folder / SETTINGS_NAME
-        if not path.is_file():
-            return False
-        before, own = json.loads(path.read_text(encoding="utf-8")), self.settings
-        differing = [
-            key
-            for part in ("options", "encoder")
-            for key in sorted(before[part] | own[part])
-            if before[part].get(key) != own[part].get(key)
-        ]
-        if differing:
-            names = ", ".join(differing)
-            raise UserError(f"{self.folder} holds another run (it differs in {names}): give another --out")
-        return True
+        return KeptRun(self.folder / SETTINGS_NAME, {"options": options, "encoder": self.identity})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -170,7 +149,8 @@ def _plan(args: argparse.Namespace) -> list[Run]:
             runs.append(Run(task, seed, folder, data, options, identity))
     to_arguments(train.resolve(str(args.recipe), _words(runs[0].options), cpu=True))
     for each in runs:
-        each.is_begun()
+        if names := ", ".join(each.kept.differing()):
+            raise UserError(f"{each.folder} holds another run (it differs in {names}): give another --out")
     return runs
 
 
@@ -231,15 +211,20 @@ def _words(options: dict[str, Any]) -> list[str]:
 def _result(each: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     """Train, unless that is done, and score; None where training failed."""
     path = each.folder / RESULT_NAME
-    if each.is_begun() and path.is_file():
+    if each.kept.record() and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    write_json(each.folder / SETTINGS_NAME, each.settings)
-    is_new, start = not (each.folder / "checkpoint_last.pt").is_file(), time.monotonic()
-    if _train(args.recipe, _words(each.options)) != 0:
+    result = {"task": each.task, "seed": each.seed}
+
+    def work() -> Ended:
+        status = _train(args.recipe, _words(each.options))
+        if status == 0:
+            result.update(_score(each))
+        return Ended(status)
+
+    record = each.kept.carry_out(work)
+    if not record["finished"]:
         return None
-    result = {"task": each.task, "seed": each.seed} | _score(each)
-    # Of a run that went on, nobody knows how long its beginning took.
-    result["seconds"] = round(time.monotonic() - start) if is_new else None
+    result["seconds"] = record["seconds"]
     write_json(path, result)
     if not args.keep:
         for checkpoint in each.folder.glob("checkpoint*.pt"):
@@ -339,9 +324,8 @@ def _report(args: argparse.Namespace, runs: list[Run], done: list[dict[str, Any]
     seeds = [f"seed {seed}" for seed in next(iter(scores.values()))]
     columns = _COLUMNS | {name: name for name in (*seeds, "best", "median", "spread")}
     files = _collect_submissions(out, scores)
-    settings = runs[0].settings
     content = {"source": args.source, "from_scratch": args.from_scratch, "rows": rows, "runs": done, "files": files}
-    write_json(out / "glue.json", content | settings | {"versions": package_versions()})
+    write_json(out / "glue.json", content | dict(runs[0].kept.identity) | {"versions": package_versions()})
     title = f"# GLUE: {args.source}" + (", from scratch" if args.from_scratch else "")
     text = f"{title}\n\n{format_table(rows, columns, markdown=True)}\n\n{_notes(args, done)}\n"
     with replaced_file(out / "glue.md") as temporary:

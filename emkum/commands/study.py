@@ -4,20 +4,17 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
-import sys
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from emkum.commands.kept_run import KeptRun, run_emkum
 from emkum.commands.train import USER_DIR
 from emkum.errors import UserError
 from emkum.files import replaced_file
-from emkum.provenance import describe_machine, write_json
 from emkum.recipe import read_mapping
 
 _KEYS = {"title", "about", "places", "steps", "tables"}
@@ -134,8 +131,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(shlex.join(["emkum", *words[name]]) for name in chosen))
         return
     for number, name in enumerate(chosen, start=1):
-        _run_step(name, words[name], args.out, f"step {number} of {len(chosen)}")
-    records = {name: _read_record(args.out, name) for name in words}
+        run_step(name, words[name], args.out, f"step {number} of {len(chosen)}")
+    records = {name: _kept(name, words[name], args.out).record() for name in words}
     missing = [name for name, record in records.items() if not record.get("finished")]
     if missing:
         print(f"not yet run: {', '.join(missing)}; the page is written once all have")
@@ -185,36 +182,30 @@ def _words(study: Study, args: argparse.Namespace) -> dict[str, list[str]]:
     return {name: [word.format(**folders) for word in shlex.split(text)] for name, text in study.steps.items()}
 
 
-def _record_path(out: Path, name: str) -> Path:
-    return out / "steps" / f"{name}.json"
+def _kept(name: str, words: list[str], out: Path) -> KeptRun:
+    return KeptRun(out / "steps" / f"{name}.json", {"words": words})
 
 
-def _read_record(out: Path, name: str) -> dict[str, Any]:
-    path = _record_path(out, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _run_step(name: str, words: list[str], out: Path, place: str) -> None:
+def run_step(name: str, words: list[str], out: Path, place: str) -> None:
     """Run a step, unless it is finished.
+
+    Args:
+        name: of the step. words: of its command.
+        out: folder of all that steps make.
+        place: of the step among all, in words.
 
     Raises:
         UserError: it ended with an error, or other words were finished under its name.
     """
-    before = _read_record(out, name)
-    if before.get("finished"):
-        if before["words"] != words:
+    kept = _kept(name, words, out)
+    if kept.is_finished():
+        if kept.differing():
             raise UserError(f"{out} holds a step {name} of other words: give another --out")
         return
     print(f"emkum: {place}, {name}: {shlex.join(['emkum', *words])}", flush=True)
-    record = {"words": words, "finished": False, "machine": describe_machine()}
-    write_json(_record_path(out, name), record)
-    start = time.monotonic()
-    status = subprocess.run([sys.executable, "-m", "emkum.cli", *words]).returncode
-    if status != 0:
-        raise UserError(f"step {name} ended with status {status}; what it needs to go on is kept in {out}")
-    # Of a step that went on, nobody knows how long its beginning took.
-    seconds = None if before else round(time.monotonic() - start)
-    write_json(_record_path(out, name), record | {"finished": True, "seconds": seconds})
+    record = kept.carry_out(lambda: run_emkum(words))
+    if not record["finished"]:
+        raise UserError(f"step {name} ended with status {record['status']}; what it needs to go on is kept in {out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +220,7 @@ def _page(study: Study, args: argparse.Namespace, records: Mapping[str, dict[str
     root, file = USER_DIR.parent, args.file.resolve()
     file = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
     command = " ".join(["emkum study", file, *(f"{name}=DIR" for name in study.places)])
-    machines = dict.fromkeys(_describe(record) for record in records.values())
+    machines = dict.fromkeys(describe_machine_of(record) for record in records.values())
     parts = [f"# {study.title}", _filled(study.about)]
     parts += [_filled(f"Made by `{command} --out RUNS --page FILE` on {' and on '.join(machines)}. {_PLACES}")]
     for table in study.tables:
@@ -259,7 +250,7 @@ def _wrapped(command: str) -> str:
     return " \\\n    ".join(lines)
 
 
-def _describe(record: Mapping[str, Any]) -> str:
+def describe_machine_of(record: Mapping[str, Any]) -> str:
     machine = record["machine"]
     versions = machine["versions"]
     parts = [f"{machine['cores']} cores of {machine['processor']}", machine["gpu"], f"Python {versions['python']}"]

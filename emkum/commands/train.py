@@ -46,12 +46,12 @@ def resolve(recipe: str, overrides: list[str], cpu: bool) -> dict[str, Any]:
     for folder in str(options["data"]).split(os.pathsep):
         if not Path(folder).is_dir():
             raise UserError(f"data folder {folder} does not exist; make it with `emkum prepare`")
-    _assert_room_after_warm_up(options)
+    assert_room_after_warm_up(options)
     options.setdefault("save_dir", str(Path("runs") / Path(recipe).stem))
     return options
 
 
-def _assert_room_after_warm_up(options: dict[str, Any]) -> None:
+def assert_room_after_warm_up(options: dict[str, Any]) -> None:
     """fairseq's cosine schedule divides by what is left of the run after its warm-up."""
     warm_up, total = options.get("warmup_updates"), options.get("max_update")
     if not isinstance(warm_up, int) or not isinstance(total, int):

@@ -1,6 +1,7 @@
 """Tables of results, for the terminal and for Markdown."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 CHANCE = "chance"
@@ -44,6 +45,21 @@ def named_ways(metrics: Mapping[str, Any], ways: Sequence[str]) -> dict[str, Any
         way, mark, figure = key.partition("_")
         renamed[names.get(way, way) + mark + figure] = value
     return renamed
+
+
+def html_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], decimals: int = 1) -> str:
+    """The table of `format_table` as HTML; numbers have the class "number"."""
+    kinds = [' class="number"' if _is_numeric([row.get(key) for row in rows]) else "" for key in columns]
+    head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, columns.values(), strict=True))
+    lines = [
+        "".join(
+            f"<td{kind}>{escape(_cell(row.get(key), decimals, False))}</td>"
+            for kind, key in zip(kinds, columns, strict=True)
+        )
+        for row in rows
+    ]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def retrieval_table(
