@@ -16,6 +16,7 @@ from emkum.commands.study import describe_machine_of
 from emkum.evaluation.effects import compare, mean_and_deviation, same_direction
 from emkum.evaluation.figures import loss_curves
 from emkum.evaluation.fraction_figure import fraction_curves
+from emkum.evaluation.html_page import html_page
 from emkum.evaluation.report import format_table, html_table
 from emkum.files import replaced_file
 
@@ -354,27 +355,8 @@ def _markdown(title: str, blocks: Sequence[Block], out: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1b1b1b; --line: #c9c9c9; --stripe: #f5f5f5; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181b; --text: #e6e6e6; --line: #45494f; --stripe: #1f2226; } }
-body { background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 72rem; padding: 0 1rem; }
-p { max-width: 48rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; }
-th { vertical-align: bottom; }
-td { font-variant-numeric: tabular-nums; }
-.number { text-align: right; }
-tbody tr:nth-child(even) { background: var(--stripe); }
-figure { margin: 1rem 0 2rem; }
-img { background: #fff; border-radius: 4px; max-width: 100%; padding: 0.5rem; box-sizing: border-box; }
-figcaption { font-size: 13px; }
-"""
-
-
 def _html(title: str, blocks: Sequence[Block]) -> str:
-    parts = [f"<h1>{escape(title)}</h1>"]
+    parts = []
     for block in blocks:
         if isinstance(block, Heading):
             parts.append(f"<h2>{escape(block.text)}</h2>")
@@ -387,7 +369,4 @@ def _html(title: str, blocks: Sequence[Block]) -> str:
             parts.append(f"<figure>{image}<figcaption>{escape(block.about)}</figcaption></figure>")
         else:
             parts.append(f"<p>{escape(block)}</p>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = "\n".join(parts)
-    page = f"<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>"
-    return f'<!doctype html>\n<html lang="en">\n{page}\n</html>\n'
+    return html_page(title, parts)

@@ -186,11 +186,11 @@ def _result(line: "Line", scoring: Scoring, place: str) -> dict[str, Any]:
 
 
 def _write(out: Path, card: Mapping[str, Any]) -> None:
-    from emkum.evaluation.scorecard_page import html_page, markdown_page, plain_table
+    from emkum.evaluation.scorecard_page import markdown_page, plain_table, scorecard_html
 
     try:
         write_json(out / f"{NAME}.json", card)
-        for suffix, page in (("md", markdown_page(card)), ("html", html_page(card))):
+        for suffix, page in (("md", markdown_page(card)), ("html", scorecard_html(card))):
             with replaced_file(out / f"{NAME}.{suffix}") as temporary:
                 temporary.write_text(page, encoding="utf-8")
     except OSError as error:

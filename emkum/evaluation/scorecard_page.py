@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from emkum.evaluation.html_page import html_page
 from emkum.evaluation.report import format_table
 
 
@@ -123,25 +124,12 @@ def _made_with(card: Mapping[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --page: #ffffff; --card: #f6f8fa; --rule: #d1d9e0;
-  --bar: #3987e5; --band: #9ec5f4; --leak: #b42318; --note: #8a5a00; --unknown: #59636e; --clean: #1a7f37; }
+:root { --bar: #3987e5; --band: #9ec5f4; --leak: #b42318; --note: #8a5a00; --unknown: #59636e; --clean: #1a7f37; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --page: #14181d; --card: #1c2128; --rule: #3d444d;
-    --bar: #6da7ec; --band: #1f4f8a; --leak: #ff7b72; --note: #d9a441; --unknown: #9198a1; --clean: #56d364; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 68rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.1rem; margin: 0 0 .25rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .875rem; }
-code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .9em; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0; }
-th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; } .wide table { min-width: 44rem; }
+  :root { --bar: #6da7ec; --band: #1f4f8a; --leak: #ff7b72; --note: #d9a441; --unknown: #9198a1; --clean: #56d364; } }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem 1.1rem;
   margin: 1rem 0; }
+section h2 { margin: 0 0 .25rem; }
 ul { margin: .5rem 0 0; padding-left: 1.1rem; font-size: .9rem; } li { margin: .2rem 0; }
 .level { font-weight: 600; white-space: nowrap; }
 .leak, .failed { color: var(--leak); } .note { color: var(--note); } .unknown { color: var(--unknown); }
@@ -151,24 +139,17 @@ ul { margin: .5rem 0 0; padding-left: 1.1rem; font-size: .9rem; } li { margin: .
 .band { background: var(--band); border-radius: 2px; min-width: 2px; }
 .point { width: 3px; margin-left: -1.5px; background: var(--bar); }
 .chance { border-left: 1px dashed var(--soft); }
-@media (max-width: 40rem) { .bar { display: none; } body { padding: 1rem .75rem; } th, td { padding: .3rem .35rem; } }
+@media (max-width: 40rem) { .bar { display: none; } }
 """
 
 
-def html_page(card: Mapping[str, Any]) -> str:
-    """The page in HTML, for light and dark displays; arguments as of `markdown_page`."""
-    title = escape(card["title"])
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}'
+def scorecard_html(card: Mapping[str, Any]) -> str:
+    """The page in HTML; arguments as of `markdown_page`."""
     about = f"<p>{escape(card['about'])}</p>" if card["about"] else ""
     model = f"Model <code>{escape(card['checkpoint'])}</code>, suite <code>{escape(card['suite'])}</code>"
-    body = [f"<h1>{title}</h1>", about, f"<p>{model}</p>", _html_summary(card), f'<p class="soft">{_legend(card)}</p>']
-    body += [_html_line(line) for line in card["lines"]]
-    body += [f'<p class="soft">{escape(_made_with(card))}</p>']
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}</title>\n<style>{_STYLE}</style></head>\n<body>\n'
-        + "\n".join(part for part in body if part)
-        + "\n</body>\n</html>\n"
-    )
+    parts = [about, f"<p>{model}</p>", _html_summary(card), f'<p class="soft">{_legend(card)}</p>']
+    parts += [_html_line(line) for line in card["lines"]]
+    return html_page(card["title"], [*parts, f'<p class="soft">{escape(_made_with(card))}</p>'], _STYLE)
 
 
 def _html_summary(card: Mapping[str, Any]) -> str:
