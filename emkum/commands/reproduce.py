@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         help="train rows of the study with several seeds and report which of its effects come out",
         description="Prepare data and teacher once, train rows of the study with several seeds, and write report.html "
         "and report.md: figures beside the thesis's, effects with their intervals, curves and cost. What is finished "
-        "is not run again; a run that was stopped goes on. Rows are in examples/reproduction.yaml; "
+        "is not run again; a run that was stopped goes on. Rows are in examples/reproduction/rows.yaml; "
         "docs/reproduction.md says more.",
         epilog="example: emkum reproduce --data flickr8k flickr8k=RAW image_weights=model.safetensors image_size=64 "
         "--rows 3,5,6,17,23 --seeds 3 --budget-minutes 240 --out runs/reproduction",

@@ -12,7 +12,7 @@ from emkum.errors import UserError
 from emkum.recipe import parse_overrides, read_mapping, read_recipe
 
 EXAMPLES = USER_DIR.parent / "examples"
-FILE = EXAMPLES / "reproduction.yaml"
+FILE = EXAMPLES / "reproduction" / "rows.yaml"
 PREPARED, SLURM = "prepared", "slurm"
 RETRIEVAL, ZERO_SHOT = "retrieval", "zero_shot"
 # Of a run with a log so short that a curve has a few points, and so long that it stays readable.
@@ -52,7 +52,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Setup:
-    """The data of all runs, and what stands for the thesis's teachers on it; see examples/reproduction.yaml."""
+    """The data of all runs, and what stands for the thesis's teachers on it; see examples/reproduction/rows.yaml."""
 
     title: str
     preset: str
@@ -65,7 +65,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What examples/reproduction.yaml says.
+    """What examples/reproduction/rows.yaml says.
 
     Attributes:
         teachers: the thesis's, by what rows take of them. setups: by the word of --data. variants: by key.

@@ -13,8 +13,8 @@ from emkum.commands.finetune import Scoring
 from emkum.commands.reproduce_plan import RETRIEVAL, ZERO_SHOT, Catalog, Given, Variant
 from emkum.commands.reproduce_runs import Result
 from emkum.commands.study import describe_machine_of
+from emkum.evaluation.curves_figure import logged_keys, loss_curves, part_pairs
 from emkum.evaluation.effects import compare, mean_and_deviation, same_direction
-from emkum.evaluation.figures import loss_curves
 from emkum.evaluation.fraction_figure import fraction_curves
 from emkum.evaluation.html_page import html_page
 from emkum.evaluation.report import format_table, html_table
@@ -324,16 +324,10 @@ def mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dic
     ]
 
 
-def _shown(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
-    """Losses whose image and text parts are both there, image first, and the recall."""
-    there = dict.fromkeys(key for history in histories.values() for record in history for key in record)
-    shown = []
-    for image, text in (("i2t", "t2i"), ("image", "text")):
-        for key in there:
-            stem = key.removesuffix(f"_{image}_loss")
-            if stem != key and f"{stem}_{text}_loss" in there:
-                shown += [key, f"{stem}_{text}_loss"]
-    return shown + [key for key in ("mean_recall",) if key in there]
+def _shown(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str | tuple[str, str]]:
+    """Losses whose image and text parts are both there, side by side, and the recall."""
+    there = logged_keys(histories)
+    return [*part_pairs(there), *(key for key in ("mean_recall",) if key in there)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

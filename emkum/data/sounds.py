@@ -4,12 +4,14 @@ import io
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from emkum.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_RATE = 16_000
 # Samples of one frame of Data2Vec 2's audio encoder, 25 ms: what is shorter has nothing to be heard.
@@ -42,8 +44,8 @@ class SoundBatch:
         padding_mask: (B, L) bool, True at padding.
     """
 
-    samples: Tensor
-    padding_mask: Tensor
+    samples: "Tensor"
+    padding_mask: "Tensor"
 
 
 def to_wav(samples: np.ndarray) -> bytes:
@@ -85,6 +87,9 @@ def crop_sound(samples: np.ndarray, longest: int, rng: np.random.Generator | Non
 
 def stack_sounds(sounds: Sequence[np.ndarray]) -> SoundBatch:
     """Sounds, (n,) int16 each, padded to the longest one, and to one frame at least."""
+    # Preparing data does without it.
+    import torch
+
     lengths = np.array([len(sound) for sound in sounds])
     padding = np.arange(max(SHORTEST, int(lengths.max()))) >= lengths[:, None]
     samples = np.zeros(padding.shape, dtype=np.int16)
