@@ -58,6 +58,8 @@ EXTRAS = {
     "hub": ["huggingface_hub"],
     # Runs of `emkum reproduce` as jobs of SLURM.
     "slurm": ["submitit>=1.5"],
+    # `emkum figures map --method umap`.
+    "umap": ["umap-learn"],
 }
 
 # For the tests alone, and without its dependencies, whose pins contradict those above: BEiT-3's own source, which the

@@ -64,7 +64,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures of Matplotlib that a test draws, in their order."""
     from matplotlib.figure import Figure
 
+    from emkum.evaluation.figure_style import STYLE
+
     figures, save = [], Figure.savefig
+    # Files of few pixels are written faster, and sizes in points are as they were.
+    monkeypatch.setitem(STYLE, "savefig.dpi", 40)
 
     def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
         if figure not in figures:

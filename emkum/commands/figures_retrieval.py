@@ -41,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from emkum.checkpoint import load
-    from emkum.commands.retrieval_inputs import compare_split, objectives_for
+    from emkum.commands.retrieval_inputs import ReadSplit, objectives_for
 
     samples = open_samples(args.data, args.split)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.checkpoint, device, objectives_for(args.scores, None))
-    compared = compare_split(model, samples, args.scores)
+    objectives = objectives_for(args.scores, None)
+    read = ReadSplit(load(args.checkpoint, device, objectives), samples, objectives)
+    compared = read.compared(args.scores)
     protocol = {"checkpoint": str(args.checkpoint), "split": args.split, "scores": args.scores}
     files, facts = show_retrieval(args.out, samples, compared, args.examples, args.seed, args.candidates)
     report_files(files, protocol | facts)

@@ -121,7 +121,7 @@ def read_catalog(path: Path = FILE) -> Catalog:
     variants = {}
     for number, row in content["rows"].items():
         common = {key: value for key, value in row.items() if key not in ("variants", "recipe")}
-        recipe = path.parent / "rows" / f"{row['recipe']}.yaml"
+        recipe = EXAMPLES / "rows" / f"{row['recipe']}.yaml"
         for preset, about in row["variants"].items():
             about = dict(about)
             about["against"] = _listed(about.get("against"))

@@ -139,15 +139,19 @@ def _about(findings: Findings) -> Iterator[Block]:
         rows = list(dict.fromkeys(variant.row for variant in findings.variants if variant.teacher == kind))
         if rows:
             here = given.options.get("teacher") and "the teacher that was given" or given.setup.teachers[kind]
-            yield f"Teacher of rows {', '.join(rows)}. In the thesis: {thesis}. Here: {here}."
+            yield f"Teacher of {_rows(rows)}. In the thesis: {thesis}. Here: {here}."
     without = list(dict.fromkeys(variant.row for variant in findings.variants if variant.teacher is None))
     if without:
-        yield f"Without a teacher: rows {', '.join(without)}."
+        yield f"Without a teacher: {_rows(without)}."
     names = {variant.key: variant for variant in findings.variants}
     for owner in dict.fromkeys(findings.whose.values()):
         sharing = [names[key] for key, other in findings.whose.items() if other == owner]
         if len(sharing) > 1:
             yield f"The same options, and so the same runs: {'; '.join(map(_name, sharing))}."
+
+
+def _rows(numbers: Sequence[str]) -> str:
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
 
 def _with_spread(values: Sequence[float]) -> str | None:
@@ -190,7 +194,7 @@ def _effects(findings: Findings) -> Iterator[Block]:
             "of comparisons: of twenty without any effect, one is expected outside its interval."
         )
         columns = {"name": "row", "against": "against", "figure": "figure", "difference": "difference"}
-        columns |= {"margin": "±", "finding": "finding", "thesis": "thesis", "told": "in the thesis"}
+        columns |= {"margin": "±", "finding": "finding", "thesis": "the thesis's", "told": "its figures"}
         yield Table(rows, columns | {"same": "same direction"})
     if alone:
         yield f"Not compared, since only one side was chosen: {'; '.join(alone)}."

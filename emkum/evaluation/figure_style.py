@@ -200,7 +200,7 @@ def frame_patch(axes: Axes, row: int, column: int, rows: int, columns: int) -> N
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Where a label is tried beside its point, in points: how far to the right or the left, and how far up or down.
-_SIDEWAYS, _UPWARDS = (6, 14, 24), (0, 8, -8, 16, -16, 24, -24, 34, -34)
+_SIDEWAYS, _UPWARDS = (6, 14, 24, 36), (0, *(sign * step for step in range(9, 64, 9) for sign in (1, -1)))
 # Left, bottom, right and top, in pixels.
 _Box = tuple[float, float, float, float]
 
@@ -266,14 +266,16 @@ def _free_place(
     beside = [(dx, dy, side) for dx in _SIDEWAYS for dy in _UPWARDS for side in (1, -1) if dy == 0 or dx > _SIDEWAYS[0]]
     beside.sort(key=lambda at: at[0] + abs(at[1]) + 3 * (at[2] < 0))
     places += [_Place(dx * side, dy, side) for dx, dy, side in beside]
+    # A line cannot but leave what covers its point.
+    ahead = [box for box in taken if not (box[0] < point[0] < box[2] and box[1] < point[1] < box[3])]
     best, least = places[0], math.inf
     for place in places:
         end = point + np.array([place.x, place.y]) * scale
         box = _box(end[0] + place.side * size[0] / 2, end[1], *size)
         outside = max(0, inside.x0 - box[0], box[2] - inside.x1) + max(0, inside.y0 - box[1], box[3] - inside.y1)
         on_line = [point + (end - point) * part for part in np.linspace(0, 1, 15)]
-        crossed = sum(left < x < right and low < y < high for x, y in on_line for left, low, right, high in taken)
-        cost = 1e6 * outside + sum(_overlap(box, other) for other in taken) + 20 * crossed
+        crossed = sum(left < x < right and low < y < high for x, y in on_line for left, low, right, high in ahead)
+        cost = 1e6 * outside + 100 * sum(_overlap(box, other) for other in taken) + crossed
         if cost < least:
             best, least = place, cost
     return best

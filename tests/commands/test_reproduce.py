@@ -233,8 +233,8 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Training:
 
 def cells(text: str, first: str) -> list[list[str]]:
     """Cells of the lines of tables that begin with a name."""
-    lines = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()]
+    return [line for line in lines if line[0] == first and len(line) > 1]
 
 
 def test_runs_are_done_once_and_reported(words: list[object], training: Training, tmp_path: Path) -> None:
@@ -260,11 +260,10 @@ def test_runs_are_done_once_and_reported(words: list[object], training: Training
     assert effect[5:] == ["worse", "worse", "COCO -3.3, Flickr30k -5.8", "yes"]
     # Two runs are 1 apart, so that Welch's interval with 2 degrees of freedom is 4.303 wide on either side.
     assert float(effect[4]) == pytest.approx(4.303 * (0.25 + 0.25) ** 0.5, abs=0.01)
-    assert cells(text, "17 Contrastive distillation ")[1][5] == "within noise"
-    assert "a supervised teacher is not BEiT-2" in text and "Without a teacher: rows 23." in text
+    assert cells(text, "17 Contrastive distillation")[1][5] == "within noise"
+    assert "a supervised teacher is not BEiT-2" in text and "Without a teacher: row 23." in text
     assert "the same runs: 17 Contrastive distillation; 37 Less data." in text
-    assert cells(text, "23 Without distillation")[2][1:2] == ["0.01"] or "0.01" in text
-    assert "not readable" in text or "kJ" in text
+    assert cells(text, "23 Without distillation")[2][1] == "0.01"
     assert str(tmp_path) not in text
 
 

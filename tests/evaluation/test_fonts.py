@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import ImageFont
 
@@ -73,10 +74,12 @@ def test_measured_widths_are_those_of_a_picture(tmp_path: Path) -> None:
 
     @styled
     def draw(text: str) -> float:
-        figure = Figure(figsize=(6.9, 1))
+        figure = Figure(figsize=(6.9, 1), dpi=300)
         drawn = figure.text(0, 0.5, text)
         save_figure(figure, tmp_path / "line")
-        return drawn.get_window_extent().width / figure.dpi
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return drawn.get_window_extent(canvas.get_renderer()).width / figure.dpi
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -164,10 +164,12 @@ def test_chunks_give_the_gradients_of_the_whole_batch(start: Callable[..., Run])
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_train_and_evaluate(heard_scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_and_evaluate(
+    command: Callable, heard_scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [f"{key}={value}" for key, value in (TINY | {"max_update": 4}).items()]
     folder = tmp_path / "run"
-    main(["train", str(RECIPE), "--preset", "small", f"data={heard_scenes}", f"save_dir={folder}", *words])
+    command("emkum", "train", RECIPE, "--preset", "small", f"data={heard_scenes}", f"save_dir={folder}", *words)
     assert "audio_itc_loss" in (folder / "train.log").read_text()
     given = ["evaluate", "retrieval", "--checkpoint", str(folder), "--data", str(heard_scenes), "--split", "train"]
     found = {}
