@@ -26,6 +26,7 @@ _BAR_HEIGHT, _PAIR_MARGIN = 0.22, 0.9  # inches
 
 
 @styled
+@styled
 def confusion_picture(
     path: str | Path, predicted: Tensor, labels: Array | Sequence[int], class_names: Sequence[str]
 ) -> list[Path]:
@@ -52,6 +53,8 @@ def _matrix_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     number = len(class_names)
     side = min(max(_CELL * number, _LEAST_SIDE), _MOST_SIDE)
     figure = Figure(figsize=(min(side + 1.9, TWO_COLUMNS), side + 1.2), layout="constrained")
+    # The label beside square axes would else touch the edge.
+    figure.get_layout_engine().set(w_pad=0.08)
     axes = figure.add_subplot()
     sizes = confusion.sum(dim=1, keepdim=True)
     # Rows without images stay white, without numbers.

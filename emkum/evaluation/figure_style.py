@@ -236,7 +236,7 @@ def label_points(
     crowd = [sum(np.hypot(*(pixels - point).T) < 30 * scale) for point in pixels]
     for number in sorted(range(len(texts)), key=lambda i: (-crowd[i], -pixels[i][1])):
         lines = texts[number].split("\n")
-        pad = 0 if box is None else 0.4 * size
+        pad = (0.4 if box is None else 0.6) * size
         width = (max(text_width(line, size) for line in lines) * 72 + pad) * scale
         height = (1.2 * size * len(lines) + pad) * scale
         others = taken[:number] + taken[number + 1 :]

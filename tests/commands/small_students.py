@@ -28,7 +28,9 @@ def save_student(folder: Path, data: Path, names: str, **options: Any) -> Path:
         options: of the student and the objectives, which change OPTIONS.
     """
     torch.manual_seed(0)
-    student = build_student(OPTIONS | options, load_tokenizer(data).vocab_size, Targets(cls_attention=True))
+    # Blocks alone have attention.
+    targets = Targets(cls_attention=options.get("shared_kind", "blocks") == "blocks")
+    student = build_student(OPTIONS | options, load_tokenizer(data).vocab_size, targets)
     objectives = build_objectives(names.split(","), options, Setting(student.width, student.contrast_width))
     with torch.no_grad():
         # Random weights as they come say nearly the same of all images.
