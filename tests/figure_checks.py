@@ -12,15 +12,17 @@ from matplotlib.transforms import Bbox
 from emkum.evaluation.figure_style import ONE_COLUMN, STYLE, TWO_COLUMNS
 
 SMALLEST = 6.0  # points
-# Pixels at 100 a inch, by which boxes of texts may overlap: they have room above and below letters.
-_TOLERANCE = 1.0
+# Pixels an inch as in print, where letters have their true widths; by how many boxes of texts may overlap, which have
+# room above and below letters.
+_DPI, _TOLERANCE = 300, 3.0
 
 
 def assert_readable(figure: Figure) -> None:
     """It has a column's width, no empty axes, and no text that is clipped, too small, or over another one."""
     with matplotlib.rc_context(STYLE):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        FigureCanvasAgg(figure)
+        figure.set_dpi(_DPI)
+        figure.draw_without_rendering()
         width, height = figure.get_size_inches()
         assert width in (ONE_COLUMN, TWO_COLUMNS) or width < TWO_COLUMNS
         texts = shown_texts(figure)
@@ -28,7 +30,7 @@ def assert_readable(figure: Figure) -> None:
         small = [text.get_text() for text in texts if text.get_fontsize() < SMALLEST]
         assert not small, small
         # Without the line of an annotation.
-        boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in texts]
+        boxes = [Text.get_window_extent(text) for text in texts]
         outside = [t.get_text() for t, box in zip(texts, boxes, strict=True) if not _is_inside(box, figure.bbox)]
         assert not outside, outside
         covered = [

@@ -200,7 +200,7 @@ def frame_patch(axes: Axes, row: int, column: int, rows: int, columns: int) -> N
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Where a label is tried beside its point, in points: how far to the right or the left, and how far up or down.
-_SIDEWAYS, _UPWARDS = (6, 14, 24, 36), (0, *(sign * step for step in range(9, 64, 9) for sign in (1, -1)))
+_SIDEWAYS, _UPWARDS = (6, 14, 24, 36, 50), (0, *(sign * step for step in range(9, 82, 9) for sign in (1, -1)))
 # Left, bottom, right and top, in pixels.
 _Box = tuple[float, float, float, float]
 
