@@ -20,8 +20,19 @@ WHOLE = "whole"
 _ENCODER = "encoder"
 
 _KEYS = {"title", "about", "places", "lines"}
-# Options that are the suite's or the command's own, by their names in a line's arguments.
-_NOT_A_LINES = ("json", "per_class", "confusion", "cache", "weights", "image_size", "layers", "batch_size", "workers")
+# Options that are the suite's or the command's own, and pairs of senses, by their names in a line's arguments.
+_NOT_A_LINES = (
+    "pair",
+    "json",
+    "per_class",
+    "confusion",
+    "cache",
+    "weights",
+    "image_size",
+    "layers",
+    "batch_size",
+    "workers",
+)
 
 
 @dataclass(frozen=True)

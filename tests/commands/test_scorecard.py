@@ -181,6 +181,7 @@ def test_results_of_fine_tuning_are_those_of_the_same_encoder(made: dict[str, Pa
         ("title: T\nlines: {a: retrieval --data x --scores dot}", [], "line 'a': .*choose from.*late_interaction"),
         ("title: T\nlines: {a: 'knn --data \"x'}", [], "line 'a': No closing quotation"),
         ("title: T\nlines: {a: knn --data x --weights w}", [], "line 'a': --weights is not a line's to say"),
+        ("title: T\nlines: {a: retrieval --data x --pair image-audio}", [], "--pair is not a line's to say"),
         ("title: T\nlines: {a: knn --data x}", ["b=c"], "'b=c': want name=DIR with one of no name"),
         ("title: T\nlines: {a: knn --data x}", ["--resamples", "0"], "--resamples 0: want 1 or more"),
     ],
