@@ -46,9 +46,8 @@ def report_lines(report: Report) -> Iterator[str]:
     inputs["sound"] = f"sound of {report.sizes.samples:,} samples"
     yield from _aligned({inputs[kind]: f"{count / 1e9:,.3f} GFLOPs" for kind, count in report.flops.items()})
     each = "1 caption" if report.sizes.captions == 1 else f"{report.sizes.captions} captions"
-    yield (
-        f"\nmemory of training, an estimate: float32, {report.batch_size:,} images with {each} of {tokens} tokens each"
-    )
+    each = f"{each} of {tokens} tokens" + (" and a sound" if report.sizes.samples else "")
+    yield f"\nmemory of training, an estimate: float32, {report.batch_size:,} images with {each} each"
     names = _MEMORY | {"total": "sum"}
     yield from _aligned({label: f"{getattr(report.memory, name) / 1e6:,.1f} MB" for name, label in names.items()})
     if report.scale is not None:

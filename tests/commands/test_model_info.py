@@ -118,8 +118,7 @@ def test_what_a_sound_costs() -> None:
     few, more = (student_flops(hears, replace(SIZES, samples=samples)) for samples in (4000, 8000))
     assert few.keys() == {"image", "caption", "sound"} and 1.9 * few["sound"] < more["sound"] < 2.5 * few["sound"]
     assert student_flops(hears, SIZES) == student_flops(silent, SIZES)
-    heard = activation_bytes(hears, replace(SIZES, samples=4000), 4)
-    assert heard > activation_bytes(hears, SIZES, 4) == activation_bytes(silent, SIZES, 4)
+    assert activation_bytes(hears, replace(SIZES, samples=4000), 4) > 1.1 * activation_bytes(hears, SIZES, 4)
 
 
 def test_operations_of_a_product() -> None:

@@ -76,7 +76,7 @@ def own_fields(config: type) -> list[Any]:
 
 
 def test_the_walk_sees_flags() -> None:
-    weights = {f"--{name.replace('_', '-')}-weight" for name in OBJECTIVE_PARTS}
+    weights = {f"--{name.replace('_', '-')}-weight" for name in (*OBJECTIVE_PARTS, "audio_loss")}
     endings = ("", "-schedule", "-updates", "-end")
     assert flags(MultiObjectiveConfig) == {f"{weight}{ending}" for weight in weights for ending in endings}
     assert {"data", "--teacher", "--teacher-weights", "--crop-flip"} <= flags(ImageTextConfig)
