@@ -25,7 +25,7 @@ from tests.integration.in_process import Run, make_run
 from tests.objectives.cases import OPTIONS, SETTING, make_case, with_gradients
 from tests.objectives.target_files import write_target_files
 
-RECIPE = ROOT / "examples" / "audio.yaml"
+RECIPE = ROOT / "examples" / "rows" / "40_audio.yaml"
 # Sizes that fit a test, beside the preset small.
 TINY = {"image_size": 32, "image_patch_size": 8, "image_layers": 1, "text_layers": 1, "audio_layers": 1}
 TINY |= {"audio_conv_width": 8, "text_max_positions": 64, "batch_size": 8, "warmup_updates": 1, "max_update": 3}

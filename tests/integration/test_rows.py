@@ -35,6 +35,7 @@ ELSEWHERE = {
     "31_without_distillation_finetuned": "tests/integration/test_finetuning.py",
     "32_retrieval_finetuning": "tests/integration/test_finetuning.py",
     "36_distil_beit3": "tests/integration/test_distil_beit3.py",
+    "40_audio": "tests/integration/test_audio.py",
 }
 
 
