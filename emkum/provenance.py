@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": package_versions(),
     }
+
+
+def machine_in_words(machine: Mapping[str, Any], packages: Sequence[str]) -> str:
+    """What `describe_machine` gave, in one line, with the versions of some packages."""
+    versions = machine["versions"]
+    parts = [f"{machine['cores']} cores of {machine['processor']}", machine["gpu"], f"Python {versions['python']}"]
+    return ", ".join([*filter(None, parts), *(f"{name} {versions[name]}" for name in packages if name in versions)])
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ, those that one of both lacks among them, sorted."""
+    return sorted(key for key in {**one, **other} if one.get(key) != other.get(key))
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -18,7 +18,7 @@ from emkum.data.mixture import MixedSamples, open_mixture
 from emkum.data.shards import available_splits
 from emkum.distributed import rank
 from emkum.errors import UserError
-from emkum.provenance import package_versions, write_json
+from emkum.provenance import differing_keys, package_versions, write_json
 from emkum.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,7 @@ class PreparedDataTask(FairseqTask):
             return
         before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("teacher")
         if before != identity:
-            old, new = before or {}, identity or {}
-            differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+            differing = differing_keys(before or {}, identity or {})
             raise UserError(
                 f"{folder} was begun with another teacher (it differs in {', '.join(differing)}); choose another "
                 "--save-dir, and --restore-file to start from its checkpoint"

@@ -104,7 +104,8 @@ def run_map(args: argparse.Namespace) -> None:
     report_files(
         files, facts | {"method": args.method, "modality_gap": numbers, "shares": plane.shares, "joined": keys}
     )
-    print(f"modality gap {gap.distance:.3f}; mean cosine of pairs {gap.pairs:.3f}, of others {gap.others:.3f}")
+    others = "" if numbers["others"] is None else f", of others {gap.others:.3f}"
+    print(f"modality gap {gap.distance:.3f}; mean cosine of pairs {gap.pairs:.3f}{others}")
 
 
 def draw_pairs(total: int, count: int, seed: int) -> "np.ndarray":
@@ -143,12 +144,9 @@ def _umap_or_error(seed: int) -> Any:
 def run_clusters(args: argparse.Namespace) -> None:
     assert_at_least(args, rows=1, columns=1, limit=0)
     from emkum.data.decoding import decode
-    from emkum.data.shards import open_split
     from emkum.evaluation.clusters_figure import cluster_figure, code_usage, draw_members
 
-    samples = open_split(args.data, args.split, require_captions=False)
-    if len(samples) == 0:
-        raise UserError(f"split {args.split} of {args.data} has no images")
+    samples = open_samples(args.data, args.split, require_captions=False)
     fitted, teacher = _open_codes(args)
     rows = draw_samples(samples, args.limit or len(samples), args.seed)
     codes = find_codes(fitted, teacher, samples, rows)
@@ -173,7 +171,7 @@ def _open_codes(args: argparse.Namespace) -> "tuple[FittedTable, Teacher]":
     """
     from emkum.checkpoint import find_checkpoint
     from emkum.models.teacher_builders import assert_reads_images, build_teacher
-    from emkum.objectives.target_codes import read_centroids, read_quantizer
+    from emkum.objectives.target_codes import assert_same_teacher, read_centroids, read_quantizer
     from emkum.options import collect_parts
     from emkum.teachers.base import TeacherConfig
     from emkum.weights import read_checkpoint
@@ -193,9 +191,7 @@ def _open_codes(args: argparse.Namespace) -> "tuple[FittedTable, Teacher]":
     assert_reads_images(teacher, spec)
     if fitted.width != teacher.width:
         raise UserError(f"{path} is of features of {fitted.width} channels; those of {spec} have {teacher.width}")
-    if fitted.teacher is not None and fitted.teacher != teacher.identity:
-        names = sorted(k for k in fitted.teacher | teacher.identity if fitted.teacher.get(k) != teacher.identity.get(k))
-        raise UserError(f"{path} was fitted to another teacher than {spec} (it differs in {', '.join(names)})")
+    assert_same_teacher(str(path), fitted.teacher, teacher.identity, spec)
     return fitted, teacher
 
 

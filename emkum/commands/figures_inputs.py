@@ -24,15 +24,15 @@ def add_student_arguments(parser: argparse.ArgumentParser, examples: int, of_wha
     parser.add_argument("--seed", type=int, default=1, help="that draws them (default: %(default)s)")
 
 
-def open_samples(data: str, split: str) -> "ShardedSamples":
-    """A split with images and captions.
+def open_samples(data: str, split: str, require_captions: bool = True) -> "ShardedSamples":
+    """A split with images, and with captions where these are required.
 
     Raises:
         UserError: there is no such split, or nothing in it.
     """
     from emkum.data.shards import open_split
 
-    samples = open_split(data, split)
+    samples = open_split(data, split, require_captions=require_captions)
     if len(samples) == 0:
         raise UserError(f"split {split} of {data} has no images")
     return samples

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from emkum.commands.energy import EnergyMeter
-from emkum.provenance import describe_machine, write_json
+from emkum.provenance import describe_machine, differing_keys, write_json
 
 # A run that is killed loses at most so much of its time.
 _NOTED_EVERY = 5.0  # seconds
@@ -97,7 +97,7 @@ class KeptRun:
             if not isinstance(own, dict) or not isinstance(old, dict):
                 names += [] if old == own else [part]
             else:
-                names += [key for key in sorted(old | own) if old.get(key) != own.get(key)]
+                names += differing_keys(old, own)
         return names
 
     def is_finished(self) -> bool:

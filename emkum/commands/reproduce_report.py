@@ -12,13 +12,14 @@ from typing import Any
 from emkum.commands.finetune import Scoring
 from emkum.commands.reproduce_plan import RETRIEVAL, ZERO_SHOT, Catalog, Given, Variant
 from emkum.commands.reproduce_runs import Result
-from emkum.commands.study import describe_machine_of
+from emkum.commands.study import PACKAGES
 from emkum.evaluation.curves_figure import logged_keys, loss_curves, part_pairs
 from emkum.evaluation.effects import compare, mean_and_deviation, same_direction
 from emkum.evaluation.fraction_figure import fraction_curves
 from emkum.evaluation.html_page import html_page
 from emkum.evaluation.report import format_table, html_table
 from emkum.files import replaced_file
+from emkum.provenance import machine_in_words
 
 # What is measured: key in a log -> name in a table.
 FIGURES = {
@@ -231,7 +232,8 @@ def _cost(findings: Findings) -> Iterator[Block]:
         rows.append({"name": _name(variant), "parameters": _millions(results)} | _spent(results))
     columns = {"name": "row", "parameters": "parameters, M", "seconds": "seconds a run", "pairs": "pairs/s"}
     yield Table(rows, columns | {"memory": "peak MiB", "cpu": "CPU, kJ a run", "gpu": "GPU, kJ a run"})
-    machines = dict.fromkeys(describe_machine_of(result.record) for result in findings.results.values())
+    records = [result.record for result in findings.results.values()]
+    machines = dict.fromkeys(machine_in_words(record["machine"], PACKAGES) for record in records)
     total = sum(result.record["seconds"] or 0 for result in findings.results.values())
     yield (
         f"On {' and on '.join(machines)}. All runs took {total / 60:.1f} minutes together; preparing is not among it. "

@@ -212,9 +212,9 @@ def _rate(run: Run) -> Rate:
     from emkum.training_log import read_training_log
 
     took = kept(run).record()["seconds"]
-    update = seconds_per_update(read_training_log(run.folder / LOG_NAME)) or took / _updates(run)
     if took is None:
         raise UserError(f"{run.folder} has no time: remove it, so that it is timed anew")
+    update = seconds_per_update(read_training_log(run.folder / LOG_NAME)) or took / _updates(run)
     # A clock in whole seconds may call a very short update nothing.
     update = max(update, 1e-3)
     return Rate(max(0.0, took - _updates(run) * update), update)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from emkum.models.encoder_sources import LoadedEncoder
 
 NAME = "scorecard"
-_LATE = "late_interaction"
 
 
 def add_parser(kinds: Any) -> None:
@@ -206,6 +205,7 @@ def _write(out: Path, card: Mapping[str, Any]) -> None:
 
 def _retrieval(args: argparse.Namespace, scoring: Scoring) -> Scored:
     assert_at_least(args, rerank_k=1)
+    from emkum.commands.evaluate import LATE_INTERACTION
     from emkum.commands.retrieval_inputs import objectives_for
     from emkum.data.shards import open_split
     from emkum.evaluation.bootstrap import recall_estimates
@@ -229,7 +229,9 @@ def _retrieval(args: argparse.Namespace, scoring: Scoring) -> Scored:
     captions = len(compared.caption_image)
     protocol = f"each of {len(samples):,} images among {captions:,} captions, and each caption among the images; "
     protocol += "mean of R@1, 5 and 10 both ways; of an image's captions the best ranked counts; compared by "
-    protocol += "patches and tokens (late interaction)" if args.scores == _LATE else "the cosine of global features"
+    protocol += (
+        "patches and tokens (late interaction)" if args.scores == LATE_INTERACTION else "the cosine of global features"
+    )
     protocol += f", the {args.rerank_k} best put in order by image-text matching" if args.rerank else ""
     findings = scoring.leakage(samples)
     return Scored(f"{_where(args.data, args.split)}, {len(samples):,} images", protocol, figures, findings)

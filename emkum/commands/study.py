@@ -15,8 +15,11 @@ from emkum.commands.kept_run import KeptRun, run_emkum
 from emkum.commands.train import USER_DIR
 from emkum.errors import UserError
 from emkum.files import replaced_file
+from emkum.provenance import machine_in_words
 from emkum.recipe import read_mapping
 
+# Whose versions pages of results tell.
+PACKAGES = ("torch", "timm", "fairseq-fixed")
 _KEYS = {"title", "about", "places", "steps", "tables"}
 _TABLE_KEYS = {"title", "rows", "columns", "notes"}
 # Words of every study: the folder of all that it makes, and that of the recipes.
@@ -220,7 +223,7 @@ def _page(study: Study, args: argparse.Namespace, records: Mapping[str, dict[str
     root, file = USER_DIR.parent, args.file.resolve()
     file = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
     command = " ".join(["emkum study", file, *(f"{name}=DIR" for name in study.places)])
-    machines = dict.fromkeys(describe_machine_of(record) for record in records.values())
+    machines = dict.fromkeys(machine_in_words(record["machine"], PACKAGES) for record in records.values())
     parts = [f"# {study.title}", _filled(study.about)]
     parts += [_filled(f"Made by `{command} --out RUNS --page FILE` on {' and on '.join(machines)}. {_PLACES}")]
     for table in study.tables:
@@ -248,14 +251,6 @@ def _wrapped(command: str) -> str:
     """A command in lines that a shell takes for one."""
     lines = textwrap.wrap(command, _WIDTH - 6, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines)
-
-
-def describe_machine_of(record: Mapping[str, Any]) -> str:
-    machine = record["machine"]
-    versions = machine["versions"]
-    parts = [f"{machine['cores']} cores of {machine['processor']}", machine["gpu"], f"Python {versions['python']}"]
-    parts += [f"{name} {versions[name]}" for name in ("torch", "timm", "fairseq-fixed") if name in versions]
-    return ", ".join(part for part in parts if part)
 
 
 def _cell(out: Path, cell: str | list[str], word: str) -> Any:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from emkum.commands import evaluate_images, evaluate_zero_shot
 from emkum.commands.study import check_words, given_places, is_mapping_of_words
@@ -63,11 +63,6 @@ class Suite:
     lines: Mapping[str, str]
     about: str = ""
     places: Mapping[str, str] = field(default_factory=dict)
-
-
-def is_suite(content: Mapping[Any, Any]) -> bool:
-    """Whether the content of a YAML file is meant for a suite, and not for a recipe of training."""
-    return "lines" in content
 
 
 def read_suite(path: Path) -> Suite:

@@ -252,6 +252,7 @@ def label_points(
             size=size,
             ha=("center", "left", "right")[found.side],
             va="center",
+            multialignment="center",
             linespacing=1.0,
             bbox=box,
             arrowprops=line | {"relpos": (0.5 - 0.5 * found.side, 0.5)} if abs(found.x) > _SIDEWAYS[0] else None,

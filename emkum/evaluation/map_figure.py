@@ -88,8 +88,8 @@ def feature_map(path: str | Path, plane: Plane, gap: ModalityGap, joined: np.nda
     axes = figure.add_subplot()
     size = 5.0 if len(plane.images) > 300 else 9.0
     style = {"s": size, "linewidths": 0, "alpha": 0.55}
-    axes.scatter(*plane.images.T, color=BLUE, marker="o", label=f"{len(plane.images):,} images", **style)
-    axes.scatter(*plane.texts.T, color=VERMILION, marker="^", label=f"{len(plane.texts):,} captions", **style)
+    axes.scatter(*plane.images.T, color=BLUE, marker="o", label=f"images ({len(plane.images):,})", **style)
+    axes.scatter(*plane.texts.T, color=VERMILION, marker="^", label=f"captions ({len(plane.texts):,})", **style)
     for row in joined:
         ends = np.stack([plane.images[row], plane.texts[row]])
         axes.plot(*ends.T, color="black", linewidth=0.6, zorder=3)

@@ -7,6 +7,7 @@ from typing import Any
 
 from emkum.evaluation.html_page import html_page
 from emkum.evaluation.report import format_table
+from emkum.provenance import machine_in_words
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,7 @@ def _sentence(text: str) -> str:
 
 
 def _made_with(card: Mapping[str, Any]) -> str:
-    machine = card["machine"]
-    versions = machine["versions"]
-    parts = [machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"]
-    parts += [f"{name} {versions[name]}" for name in ("emkum", "torch", "timm") if name in versions]
-    return f"Made on {', '.join(parts)}."
+    return f"Made on {machine_in_words(card['machine'], ('emkum', 'torch', 'timm'))}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------

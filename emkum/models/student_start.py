@@ -29,7 +29,8 @@ _FREE = (
 )
 # Heads that objectives ask for: they begin anew.
 _NEW = "heads.prediction.*,heads.logits.*,mask_token"
-_OBJECTIVES = "objectives."
+# Of a checkpoint, objectives of images and captions, and of images and sounds.
+_OBJECTIVES = ("objectives.", "audio_objectives.")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class StudentStart:
         path: its checkpoint.
         options: flat options that say what it is made of.
         student: its parameters and buffers by name.
-        objectives: what its objectives learned, such as temperatures, by NAME.PARAMETER; banks and queues too, which
-            nothing is taken from.
+        objectives: what its objectives learned, such as temperatures, by the name in the run's model; banks and queues
+            too, which nothing is taken from.
         tokenizer: of its captions.
     """
 
@@ -65,7 +66,7 @@ def read_start(source: str | Path) -> StudentStart:
     state = read_checkpoint(path)
     names = [name for name, item in flat_fields(STUDENT_PARTS) if name not in _FREE and item.name not in _FREE]
     options = {name: state["cfg"]["model"][name] for name in names if name in state["cfg"]["model"]}
-    learned = {key.removeprefix(_OBJECTIVES): v for key, v in state["model"].items() if key.startswith(_OBJECTIVES)}
+    learned = {key: value for key, value in state["model"].items() if key.startswith(_OBJECTIVES)}
     return StudentStart(path, options, model.student.state_dict(), learned, model.tokenizer)
 
 
@@ -78,10 +79,15 @@ def fill_student(student: ImageTextStudent, start: StudentStart) -> None:
     load_strictly(student, start.student, start.path, allowed=_NEW, what="the student that the options describe")
 
 
-def fill_objectives(objectives: nn.ModuleDict, start: StudentStart) -> None:
-    """Let objectives that were there before go on from the parameters that they had; banks and queues begin empty."""
+def fill_objectives(model: nn.Module, start: StudentStart) -> None:
+    """Let objectives that were there before go on from the parameters that they had; banks and queues begin empty.
+
+    Args:
+        model: has `objectives` and `audio_objectives`, as the model of the run that `start` is of.
+        start: the trained student.
+    """
     with torch.no_grad():
-        for name, parameter in objectives.named_parameters():
+        for name, parameter in model.named_parameters():
             before = start.objectives.get(name)
             if before is not None and before.shape == parameter.shape:
                 parameter.copy_(before)

@@ -19,6 +19,7 @@ from emkum.layers.precision import at_least_float32
 from emkum.objectives.base import Objective, Requirements, Setting
 from emkum.objectives.knowledge_distillation import PredictionHead, Scored, argmax_agreement, summed
 from emkum.outputs import Batch, ObjectiveOutput, StudentOutput, TeacherOutput
+from emkum.provenance import differing_keys
 from emkum.weights import first_line, read_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,10 +214,22 @@ def assert_fitted_to(objectives: Mapping[str, nn.Module], identity: Mapping[str,
         UserError: some are another teacher's.
     """
     for objective in objectives.values():
-        fitted_to = getattr(objective, "teacher", None)
-        if isinstance(objective, TargetCodes) and fitted_to is not None and fitted_to != identity:
-            names = sorted(key for key in fitted_to | identity if fitted_to.get(key) != identity.get(key))
-            raise UserError(
-                f"{objective.file_option} {objective.path} was fitted to another teacher than --teacher names (it "
-                f"differs in {', '.join(names)})"
-            )
+        if isinstance(objective, TargetCodes):
+            file = f"{objective.file_option} {objective.path}"
+            assert_same_teacher(file, objective.teacher, identity, "--teacher names")
+
+
+def assert_same_teacher(
+    file: str, fitted_to: Mapping[str, Any] | None, identity: Mapping[str, Any], teacher: str
+) -> None:
+    """
+    Args:
+        file: of codes, for messages.
+        fitted_to: identity of their teacher; None where it is not known.
+        identity: of the teacher that is there. teacher: what that is called in messages.
+
+    Raises:
+        UserError: they are two.
+    """
+    if fitted_to is not None and (names := differing_keys(fitted_to, identity)):
+        raise UserError(f"{file} was fitted to another teacher than {teacher} (it differs in {', '.join(names)})")

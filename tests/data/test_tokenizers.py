@@ -130,6 +130,14 @@ def test_ids_are_below_the_vocabulary_size_and_words_begin_somewhere(tokenizer: 
     assert max(i for i in tokenizer.special.ids) < tokenizer.vocab_size
 
 
+def test_pieces_read_as_the_words_that_they_are_of(tokenizer: Tokenizer) -> None:
+    text = "a small tan dog runs over the red grass"
+    read = tokenizer.texts(tokenizer.pieces(text))
+    assert len(read) == len(tokenizer.pieces(text))
+    # SentencePiece may have a piece for the space alone.
+    assert " ".join(read).replace(" ##", "").replace("▁", "").split() == text.split()
+
+
 def test_broken_escapes_do_not_stop_a_run(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.pieces("a dog \ud83d runs")) > 3
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 import tests.registered  # noqa: F401
-from emkum.commands.suite import is_suite
 from emkum.recipe import read_mapping, read_recipe, to_arguments
 from tests.integration.conftest import ROOT
 from tests.integration.in_process import Run, make_run
@@ -18,7 +17,8 @@ from tests.objectives.target_files import write_target_files
 
 FILES = {path.stem: path for path in sorted((ROOT / "examples" / "rows").glob("[0-9]*.yaml"))}
 # Rows that train nothing are suites of `emkum evaluate all`, which tests/commands/test_scorecard.py reads.
-ROWS = {name: path for name, path in FILES.items() if not is_suite(read_mapping(path, "row"))}
+# Suites of figures have lines, recipes of training have not.
+ROWS = {name: path for name, path in FILES.items() if "lines" not in read_mapping(path, "row")}
 USER_DIR = {"user_dir": str(ROOT / "user_dir"), "data": "some/folder"}
 TEACHER_WIDTH = 64
 # Sizes that fit a test, beside the preset small.

@@ -45,6 +45,10 @@ def source(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         kept["itc"].scales["features"].log_scale.fill_(3.5)
     weights = {f"student.{name}": value for name, value in student.state_dict().items()}
     weights |= {f"objectives.{name}": value for name, value in kept.state_dict().items()}
+    heard = objectives(["itc"], student)
+    with torch.no_grad():
+        heard["itc"].scales["features"].log_scale.fill_(2.5)
+    weights |= {f"audio_objectives.{name}": value for name, value in heard.state_dict().items()}
     every = {name: item.default if item.default != "" else None for name, item in flat_fields(STUDENT_PARTS)}
     model = every | OPTIONS | {"_name": "image_text_student", "objectives": "itc,kd_contrastive"}
     task = {"caption_max_tokens": 16, "caption_tokenizer": None, "data": str(tokenizer_folder)}
@@ -90,8 +94,10 @@ def test_objectives_go_on_with_their_temperatures_and_empty_banks(source: Path) 
     made = objectives(["itc", "kd_contrastive", "ranking"], student)
     buffers = {name: value.clone() for name, value in made.named_buffers()}
     assert buffers, "the bank"
-    fill_objectives(made, start)
+    heard = objectives(["itc", "ranking"], student)
+    fill_objectives(torch.nn.ModuleDict({"objectives": made, "audio_objectives": heard}), start)
     assert made["itc"].scales["features"].log_scale.item() == 3.5
+    assert heard["itc"].scales["features"].log_scale.item() == 2.5
     assert all(torch.equal(value, buffers[name]) for name, value in made.named_buffers())
 
 

@@ -174,14 +174,14 @@ class ImageTextStudentModel(UpdatingModel):
         objectives = build_objectives(list(configs), cfg, setting)
         heard = heard_objectives(names) if student.audio_encoder is not None else []
         audio_objectives = build_objectives([name for name in heard if name in configs], cfg, setting)
-        if start is not None:
-            fill_objectives(objectives, start)
         fused = cfg.student_attention == "fused"
         if task.teacher is not None:
             for group in (objectives, audio_objectives):
                 assert_fitted_to(group, task.teacher.identity)
         chunk = cfg.contrastive_chunk
         model = cls(student, objectives, needs, cfg.autocast, ema, decay, chunk, fused, audio_objectives)
+        if start is not None:
+            fill_objectives(model, start)
         model.leaves_out = task.teacher is None and not task.load_pretrained
         task.bind_average(None if ema is None else ema.module)
         freeze(student, collect_parts({"freeze": FreezeConfig}, cfg)["freeze"])
