@@ -106,8 +106,10 @@ def to_arguments(options: dict[str, Any]) -> list[str]:
     """Options to the arguments of `fairseq-train`, each checked against fairseq's own parser; None leaves one out.
 
     Raises:
-        UserError: an option is unknown; the message names the closest known ones.
+        UserError: there is no model, or an option is unknown; the message names the closest known ones.
     """
+    if options.get("arch") is None:
+        raise UserError("the recipe has no arch, so it trains nothing; a suite of figures is for `emkum evaluate all`")
     actions = _training_actions(options)
     arguments = []
     for key, value in options.items():

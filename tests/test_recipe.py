@@ -235,6 +235,11 @@ def test_there_are_recipes() -> None:
     assert len(RECIPES) > 2
 
 
+def test_what_is_no_recipe_of_training_is_told_in_one_line() -> None:
+    with pytest.raises(UserError, match="the recipe has no arch, so it trains nothing"):
+        to_arguments({"title": "Figures", "lines": {}})
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_short_and_known_to_fairseq(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]

@@ -161,7 +161,7 @@ def set_name(folder: Path) -> str:
 
 def _follow(place: Path, role: str, lineage: Lineage, seen: set[Path]) -> None:
     """Add the run at a checkpoint's file or a run's folder, and what is behind it."""
-    path = (place if place.is_dir() else place.parent) / _RECORD
+    path = _record_beside(place)
     if path.resolve() in seen:
         return
     seen.add(path.resolve())
@@ -174,15 +174,32 @@ def _follow(place: Path, role: str, lineage: Lineage, seen: set[Path]) -> None:
     lineage.runs.append(run)
     for weights in _behind(run):
         weights = weights if role == _RUN else replace(weights, role=f"{weights.role} of {role}")
-        kind, _, rest = weights.name.partition(":")
-        if kind in _PUBLIC:
-            lineage.weights += [weights] if weights.file != RANDOM else []
+        source = _run_behind(weights)
+        if source is not None:
+            _follow(source, weights.role, lineage, seen)
         elif weights.name == _CACHED_RUN:
             lineage.gaps.append(
                 f"{weights.role} is a run whose targets were stored: what it was trained on is not known"
             )
-        else:
-            _follow(Path(rest if kind == "checkpoint" else weights.name), weights.role, lineage, seen)
+        elif weights.file != RANDOM:
+            lineage.weights.append(weights)
+
+
+def _record_beside(place: Path) -> Path:
+    """The record of a run's folder, or of that of its checkpoint."""
+    return (place if place.is_dir() else place.parent) / _RECORD
+
+
+def _run_behind(weights: Weights) -> Path | None:
+    """The run that weights are of: of a file that is read as public ones are, such as data2vec2:FILE, it is known by a
+    record beside it. None of public ones, and of a run that is not told."""
+    kind, _, rest = weights.name.partition(":")
+    if weights.name == _CACHED_RUN:
+        return None
+    if kind not in _PUBLIC:
+        return Path(rest if kind == "checkpoint" else weights.name)
+    file = weights.file or rest
+    return Path(file) if file not in ("", HUB) and _record_beside(Path(file)).is_file() else None
 
 
 def _behind(run: Run) -> Iterator[Weights]:
@@ -327,4 +344,5 @@ def _of_weights(weights: Weights, name: str) -> Finding:
         with_labels = any(each.how == LABELS for each in own)
         text += f": this set's training images{' with their classes' if with_labels else ''}"
     brief = ", ".join(f"{each.data} {each.how}" for each in known)
+    brief = f"by its name {brief}" if weights.condition else brief
     return Finding(NOTE, f"{weights.shown} ({brief})", text)

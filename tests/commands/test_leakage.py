@@ -146,3 +146,17 @@ def test_stored_targets_tell_of_their_teacher_alone(pairs: Path, tmp_path: Path)
 def test_a_run_without_a_record(pairs: Path, tmp_path: Path) -> None:
     [(level, text)] = found(tmp_path / "lost" / "checkpoint_best.pt", open_split(pairs, "test"))
     assert level == UNKNOWN and "has no record (run.json)" in text
+
+
+def test_a_teacher_that_was_made_here_is_known_by_its_record(pairs: Path, tmp_path: Path) -> None:
+    """It is read as public weights are, but has seen what its run says, and not what they have."""
+    teacher = make_run(tmp_path / "teacher", make_set(tmp_path / "others", "flickr8k", train=[b"ten", b"five"]))
+    run = make_run(tmp_path / "run", pairs, teacher=f"data2vec2:{teacher}")
+    test = open_split(pairs, "test")
+    said = found(run, test)
+    assert (LEAK, "all 1 images of this split were in training (the teacher)") in said
+    assert not any("ImageNet" in text for _, text in said)
+    # Without its record it is taken for what its name says, and the table says so, too.
+    (tmp_path / "teacher" / "run.json").unlink()
+    [brief] = [each.brief for each in find_leakage(read_lineage(run), test) if "ImageNet" in each.text]
+    assert brief == "data2vec2:checkpoint_best.pt (by its name ImageNet-1K images)"
