@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -46,6 +47,7 @@ def run_emkum(
     command = [sys.executable, "-m", "emkum.cli", *words]
     variables = {**os.environ, **(environment or {})}
     pipes = {"stdout": output, "stderr": output and subprocess.STDOUT}
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Locks that this process means to share stay held for as long as the command runs, whatever becomes of this one.
     with subprocess.Popen(command, env=variables, close_fds=False, **pipes) as child:
         _running.add(child)
@@ -57,6 +59,9 @@ def run_emkum(
         finally:
             _running.discard(child)
         child.returncode = os.waitstatus_to_exitcode(status)
+    # Linux counts the peak of the process that starts another one as the other's, too.
+    if usage.ru_maxrss <= own_peak:
+        return Ended(child.returncode)
     # Kilobytes on Linux, bytes on macOS.
     return Ended(child.returncode, round(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)))
 
